@@ -1,0 +1,30 @@
+# Two images: `api` without torch (API, migration, sweeper) and `worker`, which adds it.
+#   docker build --target api -t slimtune-api . && docker build --target worker -t slimtune-worker .
+
+FROM python:3.11-slim-bookworm AS api
+ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin slimtune \
+ && install -d -o slimtune -g slimtune /data \
+ && python -m venv /venv
+WORKDIR /app
+# The dependencies are a layer of their own: they change less often than the code.
+COPY pyproject.toml requirements.lock ./
+RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+      > /tmp/requirements.txt \
+ && pip install --quiet -r /tmp/requirements.txt -c requirements.lock \
+ && rm /tmp/requirements.txt
+COPY . .
+ENV SLIMTUNE_DATA_DIR=/data
+USER slimtune
+EXPOSE 8000
+CMD ["python", "-m", "uvicorn", "api.app:create_app", "--factory", "--host", "0.0.0.0", "--port", "8000"]
+
+FROM api AS worker
+USER root
+RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['train'], sep='\n')" \
+      > /tmp/requirements.txt \
+ && pip install --quiet -r /tmp/requirements.txt -c requirements.lock \
+ && rm /tmp/requirements.txt
+USER slimtune
+CMD ["python", "-m", "celery", "-A", "worker.app", "worker", "--concurrency", "1", "-Q", "slimtune", \
+     "--without-gossip", "--without-mingle", "--without-heartbeat", "--loglevel", "INFO"]

@@ -1,0 +1,62 @@
+# Everything runs from .venv, which is made again when the lock file or pyproject.toml changes.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
+TORCH := $(shell grep '^torch==' requirements.lock)
+
+.PHONY: help demo up test test-extra lint format clean
+
+help:
+	@echo "make demo        one real training job through the REST API, from upload to a sample; about 3 minutes"
+	@echo "make up          keep the service running on http://127.0.0.1:8000"
+	@echo "make test        checks and tests, against real PostgreSQL and Redis"
+	@echo "make test-extra  tests that need something from the system, for example docker compose"
+	@echo "make lint        only the checks: ruff, mypy, import-linter"
+	@echo "make format      let ruff format and fix what it can"
+	@echo "make clean       remove .venv, caches and the data in .slimtune"
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "slimtune needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+	    "Name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "install 1/4: .venv with $$($(PYTHON) --version)"
+	@# Some distributions ship venv without ensurepip; pip itself can then fill the environment.
+	@$(PYTHON) -m venv --clear .venv >/dev/null 2>&1 || \
+	  { $(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip -qq --python .venv/bin/python install pip; }
+	@echo "install 2/4: $(TORCH), the largest download"
+	@$(PIP) '$(TORCH)'
+	@echo "install 3/4: requirements.lock"
+	@$(PIP) -r requirements.lock
+	@echo "install 4/4: slimtune itself"
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(INSTALLED)
+	@$(BIN)/slimtune demo
+
+up: $(INSTALLED)
+	@$(BIN)/slimtune up
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+# Exit code 5 of pytest: nothing was collected.
+test-extra: $(INSTALLED)
+	@$(BIN)/python -m pytest -m extra -rs || \
+	  { code=$$?; [ $$code -eq 5 ] && echo "test-extra: no such test here"; [ $$code -eq 5 ]; }
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean:
+	rm -rf .venv .slimtune .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,76 @@
+"""The application factory: `uvicorn api.app:create_app --factory`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from starlette.concurrency import run_in_threadpool
+
+from api import errors
+from api.dependencies import Context
+from api.middleware import BodyLimit, RequestContext
+from api.problems import Problem
+from api.routes import checkpoints, datasets, health, jobs, models, plans
+from service import database, queue
+from service.settings import Settings, load_settings
+from service.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+DESCRIPTION = """Fine-tuning jobs under a hard memory budget: give a cap, get a plan that keeps it, the exact gradient,
+and the checkpoints. Errors are problem details (RFC 9457) with a stable `code`."""
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """An application on these settings, or on the environment's. It connects to nothing before the first request."""
+    settings = settings or load_settings()
+    context = Context(
+        settings=settings,
+        engine=database.engine(settings),
+        storage=Storage(settings.data_dir),
+        producer=queue.producer(settings.redis_url),
+    )
+    app = FastAPI(
+        title="slimtune", version="0.1.0", description=DESCRIPTION, redirect_slashes=False, lifespan=_lifespan
+    )
+    app.state.context = context
+    errors.install(app)
+    app.add_middleware(BodyLimit, streaming_paths=frozenset({"/datasets"}))
+    app.add_middleware(RequestContext)
+    for resource in (datasets, models, plans, jobs, checkpoints, health):
+        app.include_router(resource.router)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    context: Context = app.state.context
+    removed = await run_in_threadpool(context.storage.clean_temporary)
+    if removed:
+        logger.info("removed %d temporary files that earlier processes left", removed)
+    yield
+    context.engine.dispose()
+    context.producer.close()
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's document with our problem details where it assumes its own error format."""
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        schemas = document["components"]["schemas"]
+        for name in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(name, None)
+        for operation in [operation for path in document["paths"].values() for operation in path.values()]:
+            if "HTTPValidationError" in str(operation["responses"].get("422")):
+                del operation["responses"]["422"]  # a path of free text: what fits nothing is a 404
+        problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas.update(problem.pop("$defs"))
+        schemas["Problem"] = problem
+        app.openapi_schema = document
+    return app.openapi_schema

@@ -1,0 +1,63 @@
+"""Files over HTTP: ranges and conditions by Starlette, with our validators and our errors."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+from starlette.datastructures import Headers
+from starlette.responses import FileResponse, Response
+from starlette.types import Message, Receive, Scope, Send
+
+from api.problems import problem_response
+from service.errors import CheckpointDamagedError, NotFoundError
+
+
+class Download(FileResponse):
+    """A file whose SHA-256 is known: the strong ETag, and the Repr-Digest (RFC 9530) also of a part."""
+
+    def __init__(self, path: Path, name: str, size: int, sha256: str) -> None:
+        """Raises NotFoundError if the file is gone, CheckpointDamagedError if it has another size."""
+        try:
+            status = path.stat()
+        except FileNotFoundError as error:
+            raise NotFoundError("file", name) from error
+        if status.st_size != size:
+            raise CheckpointDamagedError(name)
+        digest = base64.b64encode(bytes.fromhex(sha256)).decode()
+        headers = {
+            "ETag": f'"{sha256}"',
+            "Repr-Digest": f"sha-256=:{digest}:",
+            "Cache-Control": "private, max-age=0, must-revalidate",
+        }
+        super().__init__(path, 200, headers, "application/octet-stream", filename=name, stat_result=status)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._is_known(Headers(scope=scope).get("if-none-match", "")):
+            await Response(status_code=304, headers={"ETag": self.headers["etag"]})(scope, receive, send)
+            return
+        refused = 0
+
+        async def send_checked(message: Message) -> None:
+            # Starlette answers a bad Range in plain text.
+            nonlocal refused
+            if message["type"] == "http.response.start" and message["status"] in {400, 416}:
+                refused = message["status"]
+            elif not refused:
+                await send(message)
+
+        await super().__call__(scope, receive, send_checked)
+        if refused == 400:
+            await problem_response(scope, 400, "range_malformed", "The Range header cannot be read.")(
+                scope, receive, send
+            )
+        elif refused == 416:
+            size = self.headers["content-length"]
+            detail = f"The range lies outside the file of {size} bytes."
+            headers = {"Content-Range": f"bytes */{size}"}
+            await problem_response(scope, 416, "range_not_satisfiable", detail, headers=headers)(scope, receive, send)
+
+    def _is_known(self, if_none_match: str) -> bool:
+        """Whether the client has this very file: weak comparison, as RFC 9110 wants for If-None-Match."""
+        tags = {tag.strip().removeprefix("W/") for tag in if_none_match.split(",")}
+        return "*" in tags or self.headers["etag"] in tags

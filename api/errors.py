@@ -1,0 +1,117 @@
+"""Exceptions to problem details."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import sqlalchemy.exc
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from api.problems import field_errors, problem_response
+from service.errors import ServiceError
+from slim_core.planning import MemoryCapInfeasibleError
+
+logger = logging.getLogger(__name__)
+
+UNION_TAG = "~"
+"""First character of the tags of unions in schemas.py: no part of a field's name."""
+
+
+class InvalidRequestError(ServiceError):
+    """A request that is well-formed but breaks a rule between its fields."""
+
+    status = 422
+    code = "invalid_request"
+
+    def __init__(self, *errors: tuple[str, str]) -> None:
+        super().__init__(_summary(errors), **field_errors(errors))
+        self.param = errors[0][0]
+
+
+class UploadStalledError(ServiceError):
+    """No byte of an upload arrived for too long."""
+
+    status = 408
+    code = "upload_stalled"
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"No data arrived for {seconds:g} seconds.")
+
+
+def install(app: FastAPI) -> None:
+    """Register the handlers. Exceptions without one are the middleware's (500)."""
+    app.add_exception_handler(ServiceError, _service_error)
+    app.add_exception_handler(MemoryCapInfeasibleError, _memory_cap_infeasible)
+    app.add_exception_handler(RequestValidationError, _request_invalid)
+    app.add_exception_handler(HTTPException, _http_exception)
+    for kind in (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, sqlalchemy.exc.TimeoutError):
+        app.add_exception_handler(kind, _database_unavailable)
+
+
+def _service_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServiceError)  # noqa: S101  # what this handler is registered for
+    if error.status >= 500:
+        logger.error("%s: %s", error.code, error.message)
+    param = getattr(error, "param", error.fields.get("field"))
+    return problem_response(request.scope, error.status, error.code, error.message, fields=error.fields, param=param)
+
+
+def _memory_cap_infeasible(request: Request, error: Exception) -> Response:
+    assert isinstance(error, MemoryCapInfeasibleError)  # noqa: S101  # what this handler is registered for
+    fields = {
+        "memory_cap_bytes": error.memory_cap_bytes,
+        "minimum_cap_bytes": error.minimum_cap_bytes,
+        "max_sequence_length": error.max_sequence_length,
+        "suggestions": list(error.suggestions),
+    }
+    return problem_response(request.scope, 422, "memory_cap_infeasible", str(error), fields=fields, param="memory_cap")
+
+
+def _request_invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)  # noqa: S101  # what this handler is registered for
+    errors = [(_field(item["loc"], item["type"]), _message(item)) for item in error.errors()]
+    return problem_response(
+        request.scope, 422, "invalid_request", _summary(errors), fields=field_errors(errors), param=errors[0][0] or None
+    )
+
+
+def _http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # noqa: S101  # what this handler is registered for
+    code, detail = {
+        400: ("malformed_body", "The body is not JSON that can be read."),
+        404: ("not_found", "There is nothing at this path."),
+        405: ("method_not_allowed", "This path does not answer to this method."),
+    }.get(error.status_code, ("http_error", "The request could not be handled."))
+    return problem_response(request.scope, error.status_code, code, detail, headers=error.headers)
+
+
+def _database_unavailable(request: Request, error: Exception) -> Response:
+    logger.error("database unavailable: %s", error)
+    detail = "The database cannot be reached; try again."
+    return problem_response(request.scope, 503, "database_unavailable", detail, headers={"Retry-After": "5"})
+
+
+def _field(location: Sequence[int | str], kind: str) -> str:
+    """`optimizer.learning_rate` of ("body", "optimizer", "learning_rate")."""
+    if kind == "json_invalid":
+        return ""
+    parts = [str(part) for part in location[1:]]
+    return ".".join(part for part in parts if not part.startswith(UNION_TAG))
+
+
+def _message(item: dict[str, object]) -> str:
+    if item["type"] == "json_invalid":
+        location = item["loc"]
+        position = location[-1] if isinstance(location, tuple) else 0
+        return f"The body is not valid JSON at position {position}."
+    return str(item["msg"]).removeprefix("Value error, ")
+
+
+def _summary(errors: Sequence[tuple[str, str]]) -> str:
+    listed = field_errors(errors[:1])["errors"][0]
+    first = f"{listed['field']}: {listed['message']}" if listed["field"] else listed["message"]
+    return first if len(errors) == 1 else f"{first} (and {len(errors) - 1} more)"

@@ -1,0 +1,103 @@
+"""What surrounds every request: its id, the last resort for exceptions, the limit on bodies. Plain ASGI."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.problems import problem_response
+from service.ids import new_id
+
+logger = logging.getLogger(__name__)
+
+MAX_JSON_BYTES = 1_000_000
+
+
+class RequestContext:
+    """Gives each request an id of our own making, and turns what nobody handled into a 500 without internals."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        request_id = new_id("req")
+        scope.setdefault("state", {})["request_id"] = request_id
+        started = False
+
+        async def send_marked(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = request_id
+                headers["X-Content-Type-Options"] = "nosniff"
+            await send(message)
+
+        began = time.monotonic()
+        try:
+            return await self._app(scope, receive, send_marked)
+        except ClientDisconnect:
+            logger.info("%s: the client went away after %.1f s", request_id, time.monotonic() - began)
+        except Exception:
+            logger.exception("%s: %s %r failed", request_id, scope["method"], scope["path"])
+            if started:
+                raise
+            response = problem_response(scope, 500, "internal_error", "Something went wrong on the server's side.")
+            await response(scope, receive, send_marked)
+
+
+class BodyLimit:
+    """Reads a body whole before the route sees it, and refuses one over the limit without reading on.
+
+    FastAPI's own limit answers some of these cases in plain text; this is the one for problem details. Paths that
+    take uploads are left out: they limit while they stream.
+    """
+
+    def __init__(self, app: ASGIApp, streaming_paths: Collection[str], max_bytes: int = MAX_JSON_BYTES) -> None:
+        self._app = app
+        self._streaming_paths = streaming_paths
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in {"GET", "HEAD"} or scope["path"] in self._streaming_paths:
+            await self._app(scope, receive, send)
+            return
+        body = await self._read(scope, receive)
+        if body is None:
+            detail = f"The body is larger than {self._max_bytes} bytes."
+            fields = {"max_body_bytes": self._max_bytes}
+            await problem_response(scope, 413, "body_too_large", detail, fields=fields)(scope, receive, send)
+            return
+        replayed = False
+
+        async def replay() -> Message:
+            nonlocal replayed
+            if replayed:
+                return await receive()  # waits for the disconnect
+            replayed = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self._app(scope, replay, send)
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The body; None if it is too large. Raises ClientDisconnect."""
+        announced = Headers(scope=scope).get("content-length", "")
+        if announced.isascii() and announced.isdigit() and int(announced[:19]) > self._max_bytes:
+            return None
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            body += message.get("body", b"")
+            if len(body) > self._max_bytes:
+                return None
+            if not message.get("more_body", False):
+                return bytes(body)

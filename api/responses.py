@@ -1,0 +1,263 @@
+"""What answers say. Sizes are bytes, times RFC 3339 in UTC, durations seconds, losses nats per token."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Generic, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from api.schemas import ChunkingChoice, EarlyStoppingFields, OptimizerFields, ScheduleFields
+from service import models as rows
+from service.status import TERMINAL, JobStatus
+from slim_core.config import ModelConfig
+
+Item = TypeVar("Item", bound=BaseModel)
+
+
+class _Response(BaseModel):
+    model_config = ConfigDict(from_attributes=True, protected_namespaces=())
+
+
+class Page(_Response, Generic[Item]):
+    """A part of a list. Ask with `after` = the last entry's id for the next one."""
+
+    data: list[Item]
+    has_more: bool
+
+
+class DatasetResponse(_Response):
+    id: str
+    name: str
+    filename: str
+    format: Literal["txt", "jsonl"]
+    bytes: int
+    documents: int
+    tokens: int = Field(description="Bytes of UTF-8 and one border for each document.")
+    longest_document_tokens: int
+    sha256: str = Field(description="Of the file, in hex.")
+    problems: list[dict[str, Any]]
+    created_at: datetime
+
+
+class ModelResponse(_Response):
+    id: str
+    name: str
+    kind: Literal["built_in", "output"]
+    config: dict[str, Any]
+    num_parameters: int
+    job: str | None = Field(None, description="The job whose output it is.")
+    step: int | None = None
+    created_at: datetime | None = None
+
+    @classmethod
+    def of_builtin(cls, name: str, config: ModelConfig) -> Self:
+        parameters = config.num_parameters
+        return cls(id=name, name=name, kind="built_in", config=config.to_json(), num_parameters=parameters)
+
+    @classmethod
+    def of_row(cls, row: rows.Model) -> Self:
+        return cls(
+            id=row.id,
+            name=row.name,
+            kind="output",
+            config=row.config,
+            num_parameters=ModelConfig.from_json(row.config).num_parameters,
+            job=row.job_id,
+            step=row.step,
+            created_at=row.created_at,
+        )
+
+
+class BreakdownResponse(_Response):
+    """Bytes at the peak by cause; they add up to the predicted peak."""
+
+    runtime: int
+    parameters: int
+    gradients: int
+    optimizer: int
+    states: int
+    activations: int
+    logits: int
+    workspace: int
+    safety: int
+
+
+class FrontierResponse(_Response):
+    chunk_length: int
+    state_policy: str
+    micro_batch_size: int
+    predicted_peak_bytes: int
+    predicted_step_seconds: float
+
+
+class PlanResponse(_Response):
+    chunk_length: int
+    num_chunks: int
+    state_policy: str
+    micro_batch_size: int
+    accumulation_steps: int
+    predicted_peak_bytes: int
+    breakdown: BreakdownResponse
+    predicted_step_seconds: float
+    predicted_total_seconds: float
+    unchunked_peak_bytes: int = Field(description="Predicted peak of the ordinary step, whole batch and sequence.")
+    minimum_cap_bytes: int = Field(description="The smallest cap for which there is a plan.")
+    reason: str
+    calibration_source: str
+    frontier: list[FrontierResponse] = Field(description="Plans that no other beats in both memory and time.")
+
+
+class PlanAnswer(PlanResponse):
+    """A plan for a request that was not stored."""
+
+    memory_cap_bytes: int
+    total_steps: int
+
+
+class ProgressResponse(_Response):
+    step: int
+    total_steps: int
+    tokens: int
+    loss: float | None
+    step_seconds: float | None
+    eta_seconds: float | None = Field(description="Until the end, from now; null for a finished job.")
+
+
+class JobError(_Response):
+    model_config = ConfigDict(extra="allow")
+
+    code: str
+    message: str
+    step: int | None = None
+    hint: str | None = None
+
+
+class JobResponse(_Response):
+    id: str
+    name: str | None
+    status: Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
+    desired: Literal["run", "pause", "cancel"] = Field(description="What was last asked of the job.")
+    model: str
+    dataset: str
+    validation_dataset: str | None
+    memory_cap: int = Field(description="Bytes.")
+    sequence_length: int
+    batch_size: int
+    steps: int | None
+    epochs: int | None
+    optimizer: OptimizerFields
+    schedule: ScheduleFields
+    gradient_clip: float | None
+    evaluate_every: int | None
+    evaluate_sequences: int
+    checkpoint_every: int | None
+    keep: int
+    early_stopping: EarlyStoppingFields | None
+    chunking: ChunkingChoice
+    seed: int
+    metadata: dict[str, str]
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    attempt: int
+    plan: PlanResponse
+    predicted_peak_bytes: int
+    measured_peak_bytes: int | None
+    progress: ProgressResponse
+    output_model: str | None
+    error: JobError | None
+
+    @classmethod
+    def of_row(cls, job: rows.Job) -> Self:
+        added = {
+            "id": job.id,
+            "status": job.status,
+            "desired": job.desired,
+            "created_at": job.created_at,
+            "started_at": job.started_at,
+            "finished_at": job.finished_at,
+            "attempt": job.attempt,
+            "plan": job.plan,
+            "predicted_peak_bytes": job.predicted_peak_bytes,
+            "measured_peak_bytes": job.measured_peak_bytes,
+            "progress": _progress(job),
+            "output_model": job.output_model_id,
+            "error": job.error,
+        }
+        return cls.model_validate({**job.spec, **added})
+
+
+def _progress(job: rows.Job) -> dict[str, Any]:
+    step_seconds = job.plan["predicted_step_seconds"] if job.step_seconds is None else job.step_seconds
+    ended = JobStatus(job.status) in TERMINAL
+    return {
+        "step": job.step,
+        "total_steps": job.total_steps,
+        "tokens": job.tokens,
+        "loss": job.loss,
+        "step_seconds": job.step_seconds,
+        "eta_seconds": None if ended else max(job.total_steps - job.step, 0) * step_seconds,
+    }
+
+
+class EventResponse(_Response):
+    id: int
+    attempt: int
+    type: str
+    created_at: datetime
+    data: dict[str, Any]
+
+
+class MetricResponse(_Response):
+    step: int
+    attempt: int
+    loss: float | None = Field(description="Null where it was not finite.")
+    learning_rate: float | None
+    grad_norm: float | None
+    step_seconds: float | None
+    tokens: int | None = Field(description="Trained on since the start of the job.")
+    peak_bytes: int | None
+    validation_loss: float | None
+
+
+class FileRecord(_Response):
+    name: str
+    bytes: int
+    sha256: str = Field(description="In hex.")
+
+
+class CheckpointMetrics(_Response):
+    validation_loss: float | None
+
+
+class CheckpointResponse(_Response):
+    step: int
+    attempt: int
+    created_at: datetime
+    is_best: bool = Field(description="Whether it has the lowest validation loss so far.")
+    metrics: CheckpointMetrics
+    files: list[FileRecord]
+
+    @classmethod
+    def of_row(cls, row: rows.Checkpoint) -> Self:
+        return cls.model_validate(
+            {
+                "step": row.step,
+                "attempt": row.attempt,
+                "created_at": row.created_at,
+                "is_best": row.is_best,
+                "metrics": {"validation_loss": row.validation_loss},
+                "files": row.files,
+            }
+        )
+
+
+class HealthResponse(_Response):
+    status: Literal["ok", "unavailable"]
+
+
+class ReadinessResponse(HealthResponse):
+    checks: dict[Literal["database", "broker", "worker"], bool] = Field(
+        description="`worker`: whether one has ever reported its calibration."
+    )

@@ -1,0 +1,49 @@
+"""Checkpoints of a job, and their files."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path
+from starlette.responses import Response
+
+from api.dependencies import ContextDep, SessionDep
+from api.downloads import Download
+from api.problems import documented
+from api.responses import CheckpointResponse, Page
+from service import checkpoints, jobs
+
+router = APIRouter(prefix="/jobs/{job_id}/checkpoints", tags=["checkpoints"])
+
+Which = Annotated[str, Path(description="A step, or `latest`, `best` (validation loss), `final` (of a succeeded job).")]
+
+
+@router.get("", summary="List checkpoints", responses=documented(404))
+def list_all(job_id: str, session: SessionDep) -> Page[CheckpointResponse]:
+    """All that are kept, newest first."""
+    rows = checkpoints.page(session, jobs.get(session, job_id).id)
+    return Page[CheckpointResponse](data=[CheckpointResponse.of_row(row) for row in rows], has_more=False)
+
+
+@router.get("/{step}", summary="Get a checkpoint", responses=documented(404))
+def get(job_id: str, step: Which, session: SessionDep) -> CheckpointResponse:
+    return CheckpointResponse.of_row(checkpoints.get(session, jobs.get(session, job_id), step))
+
+
+@router.head("/{step}/files/{name}", include_in_schema=False)
+@router.get(
+    "/{step}/files/{name}",
+    summary="Download a file of a checkpoint",
+    response_class=Response,
+    responses={
+        **documented(400, 404, 416),
+        200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
+        206: {"description": "The part that `Range` asked for."},
+    },
+)
+def download(job_id: str, step: Which, name: str, session: SessionDep, context: ContextDep) -> Response:
+    """The bytes. `Range` and `If-Range` work; `ETag` is the SHA-256 in hex, `Repr-Digest` the same by RFC 9530."""
+    checkpoint = checkpoints.get(session, jobs.get(session, job_id), step)
+    record = checkpoints.file_of(checkpoint, name)
+    path = context.storage.path(f"{checkpoint.path}/{record['name']}")
+    return Download(path, record["name"], record["bytes"], record["sha256"])

@@ -1,0 +1,136 @@
+"""Jobs: create, look, steer."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, BackgroundTasks, Body, Query, Request, Response
+from sqlalchemy.orm import Session
+
+from api import workload
+from api.dependencies import ContextDep, Limit, SessionDep
+from api.problems import documented
+from api.responses import EventResponse, JobResponse, MetricResponse, Page
+from api.schemas import INT64_END, JOB_EXAMPLES, JobRequest
+from service import events, jobs, metrics, queue
+from service.status import Action
+
+router = APIRouter(prefix="/jobs", tags=["jobs"])
+
+CSV_COLUMNS = tuple(MetricResponse.model_fields)
+
+
+@router.post("", status_code=202, summary="Create a job", responses=documented(400, 404, 413, 422))
+def create(
+    request: Annotated[JobRequest, Body(openapi_examples=JOB_EXAMPLES)],
+    session: SessionDep,
+    context: ContextDep,
+    response: Response,
+    background: BackgroundTasks,
+) -> JobResponse:
+    """Plan the job under its memory cap and queue it. The answer has the plan; `Location` is where to watch."""
+    planned = workload.resolve(session, request)
+    job = jobs.create(
+        session,
+        spec=request.model_dump(mode="json"),
+        train=planned.train.to_json(),
+        model_config=planned.model.to_json(),
+        plan=planned.plan.to_json(),
+        memory_cap_bytes=request.memory_cap,
+        dataset_id=request.dataset,
+        validation_dataset_id=request.validation_dataset,
+        base_model_id=planned.base_model_id,
+    )
+    # Background tasks run after the answer, so after the commit: no worker looks for a row that is not there yet.
+    background.add_task(queue.wake, job.id, context.producer)
+    response.headers["Location"] = f"/jobs/{job.id}"
+    return JobResponse.of_row(job)
+
+
+@router.get("", summary="List jobs", responses=documented(422))
+def list_page(
+    session: SessionDep,
+    status: Annotated[
+        Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"] | None,
+        Query(description="Only jobs in this state."),
+    ] = None,
+    after: Annotated[
+        str | None, Query(pattern="^job_[0-9a-f]{32}$", description="The last id of the page before.")
+    ] = None,
+    limit: Limit = 20,
+) -> Page[JobResponse]:
+    """Newest first."""
+    rows, has_more = jobs.page(session, status, after, limit)
+    return Page[JobResponse](data=[JobResponse.of_row(row) for row in rows], has_more=has_more)
+
+
+@router.get("/{job_id}", summary="Get a job", responses=documented(404))
+def get(job_id: str, session: SessionDep) -> JobResponse:
+    return JobResponse.of_row(jobs.get(session, job_id))
+
+
+@router.post("/{job_id}/cancel", summary="Cancel a job", responses=documented(404, 409))
+def cancel(job_id: str, session: SessionDep) -> JobResponse:
+    """At once if it waits; a running job stops within seconds. Asking twice is fine."""
+    return _request(session, job_id, "cancel")
+
+
+@router.post("/{job_id}/pause", summary="Pause a job", responses=documented(404, 409))
+def pause(job_id: str, session: SessionDep) -> JobResponse:
+    """A running job writes a checkpoint first and goes on from it when resumed."""
+    return _request(session, job_id, "pause")
+
+
+@router.post("/{job_id}/resume", summary="Resume a paused job", responses=documented(404, 409))
+def resume(job_id: str, session: SessionDep, context: ContextDep, background: BackgroundTasks) -> JobResponse:
+    """Queue a paused job again, or take back a pause that has not happened yet."""
+    job = _request(session, job_id, "resume")
+    if job.status == "queued":
+        background.add_task(queue.wake, job_id, context.producer)
+    return job
+
+
+def _request(session: Session, job_id: str, action: Action) -> JobResponse:
+    return JobResponse.of_row(jobs.request(session, job_id, action))
+
+
+@router.get(
+    "/{job_id}/metrics",
+    response_model=Page[MetricResponse],
+    summary="Get the loss curve",
+    responses={**documented(404, 422), 200: {"content": {"text/csv": {"schema": {"type": "string"}}}}},
+)
+def list_metrics(
+    job_id: str,
+    request: Request,
+    session: SessionDep,
+    after_step: Annotated[int, Query(ge=-1, lt=INT64_END, description="Only later steps.")] = -1,
+    limit: Annotated[int, Query(ge=1, le=10_000, description="The most rows to answer.")] = 1_000,
+) -> Any:
+    """One row per optimiser step, by step; as CSV if `Accept` says `text/csv`."""
+    jobs.get(session, job_id)
+    rows, has_more = metrics.page(session, job_id, after_step, limit)
+    if "text/csv" not in request.headers.get("accept", ""):
+        return {"data": rows, "has_more": has_more}
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(CSV_COLUMNS)
+    writer.writerows([getattr(row, column) for column in CSV_COLUMNS] for row in rows)
+    return Response(text.getvalue(), media_type="text/csv")
+
+
+@router.get(
+    "/{job_id}/events", response_model=Page[EventResponse], summary="List events", responses=documented(404, 422)
+)
+def list_events(
+    job_id: str,
+    session: SessionDep,
+    after: Annotated[int, Query(ge=0, lt=INT64_END, description="Only events with a higher id.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=1_000, description="The most events to answer.")] = 100,
+) -> dict[str, Any]:
+    """What happened to the job, oldest first."""
+    jobs.get(session, job_id)
+    rows, has_more = events.page(session, job_id, after, limit)
+    return {"data": rows, "has_more": has_more}

@@ -1,0 +1,182 @@
+"""What requests may say. Answers are in responses.py."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
+
+from api.units import parse_bytes
+
+INT64_END = 2**63
+
+
+def _storable(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must not contain NUL characters")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("must not contain half of a surrogate pair")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_storable)]
+Reference = Annotated[Text, Field(min_length=1, max_length=100)]
+MemoryCap = Annotated[
+    int,
+    BeforeValidator(parse_bytes),
+    Field(ge=1, lt=INT64_END),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1, "maximum": INT64_END - 1},
+                {"type": "string", "pattern": r"^\d+(\.\d+)? ?([kKmMgGtT]i?[bB]|[bB])?$"},
+            ]
+        }
+    ),
+]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class OptimizerFields(_Request):
+    """AdamW; decay on matrices only."""
+
+    name: Literal["adamw"] = "adamw"
+    learning_rate: float = Field(1e-3, gt=0, le=10, description="Peak of the schedule.")
+    weight_decay: float = Field(0.01, ge=0, lt=10)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.98, ge=0, lt=1)
+    epsilon: float = Field(1e-8, gt=0, lt=1)
+
+
+class ScheduleFields(_Request):
+    """Linear warm-up, then constant or a half cosine down to `final_fraction` of the peak."""
+
+    name: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = Field(0, ge=0, le=1_000_000_000, description="Optimiser steps.")
+    final_fraction: float = Field(0.1, ge=0, le=1)
+
+
+class EarlyStoppingFields(_Request):
+    """Stop when the validation loss no longer improves. Needs `evaluate_every`."""
+
+    patience: int = Field(3, ge=1, le=1_000_000, description="Evaluations in a row without improvement.")
+    min_delta: float = Field(0.0, ge=0, le=1_000, description="What counts as an improvement, in nats per token.")
+
+
+class ChunkingFields(_Request):
+    """Your own choice in place of the planner's."""
+
+    chunk_length: int = Field(ge=1, le=16_777_216, description="Tokens per chunk.")
+    state_policy: Literal["keep", "reverse"] = Field(
+        "keep", description="Keep the attention state at every chunk's start, or recompute it backwards."
+    )
+
+
+def _chunking_tag(value: Any) -> str:
+    return "~fields" if isinstance(value, dict | ChunkingFields) else "~auto"
+
+
+ChunkingChoice = Annotated[
+    Annotated[Literal["auto"], Tag("~auto")] | Annotated[ChunkingFields, Tag("~fields")], Discriminator(_chunking_tag)
+]
+
+
+class PlanRequest(_Request):
+    """The part of a job that decides how it runs."""
+
+    name: Annotated[Text, Field(min_length=1, max_length=200)] | None = None
+    model: Reference = Field(description="A built-in model's name (GET /models), or the id of a finished job's output.")
+    dataset: Reference | None = Field(None, description="Id of the training data. Needed if `epochs` is given.")
+    validation_dataset: Reference | None = Field(None, description="Id of the data for validation losses.")
+    memory_cap: MemoryCap = Field(
+        description="The most private memory that the trainer process may ever hold: bytes, or a text such as `1.5GiB`."
+    )
+    sequence_length: int = Field(ge=1, le=16_777_216, description="Tokens per sequence.")
+    batch_size: int = Field(1, ge=1, le=65_536, description="Sequences per optimiser step.")
+    steps: int | None = Field(None, ge=1, le=1_000_000_000, description="Optimiser steps. This or `epochs`.")
+    epochs: int | None = Field(None, ge=1, le=1_000_000, description="Passes over the dataset. This or `steps`.")
+    optimizer: OptimizerFields = Field(default_factory=OptimizerFields)
+    schedule: ScheduleFields = Field(default_factory=ScheduleFields)
+    gradient_clip: float | None = Field(
+        1.0, gt=0, le=1e9, description="Largest global norm of the gradient; null for no clipping."
+    )
+    evaluate_every: int | None = Field(
+        None,
+        ge=1,
+        le=1_000_000_000,
+        description="Steps between validation losses. Without it, a validation dataset is used once, at the end.",
+    )
+    evaluate_sequences: int = Field(8, ge=1, le=1_000_000, description="Sequences per validation, at most.")
+    checkpoint_every: int | None = Field(
+        None, ge=1, le=1_000_000_000, description="Steps between checkpoints; null for one at the end only."
+    )
+    keep: int = Field(2, ge=2, le=1_000, description="Newest checkpoints to keep. The best one is kept as well.")
+    early_stopping: EarlyStoppingFields | None = None
+    chunking: ChunkingChoice = Field("auto", description="`auto`, or your own chunk length.")
+    seed: int = Field(0, ge=0, lt=INT64_END, description="Of the initial weights and the order of the data.")
+    metadata: dict[Annotated[Text, Field(min_length=1, max_length=64)], Annotated[Text, Field(max_length=512)]] = Field(
+        default_factory=dict, max_length=16, description="Up to 16 pairs of your own; we only keep them."
+    )
+
+
+class JobRequest(PlanRequest):
+    """A job to run."""
+
+    dataset: Reference = Field(description="Id of the training data.")
+
+
+JOB_EXAMPLES: dict[str, Any] = {
+    "small": {
+        "summary": "Train a small model on 4,096-token sequences under 1 GiB",
+        "value": {
+            "name": "pydoc, long context",
+            "model": "performer-tiny",
+            "dataset": "ds_01936f0e4b7a7c3f8d21c5a0b9e4f617",
+            "memory_cap": "1GiB",
+            "sequence_length": 4096,
+            "steps": 200,
+            "optimizer": {"name": "adamw", "learning_rate": 0.001},
+            "schedule": {"name": "cosine", "warmup_steps": 20},
+            "checkpoint_every": 50,
+        },
+    },
+    "validated": {
+        "summary": "Two epochs with validation, early stopping and labels",
+        "value": {
+            "name": "support tickets v3",
+            "model": "performer-ptb",
+            "dataset": "ds_01936f0e4b7a7c3f8d21c5a0b9e4f617",
+            "validation_dataset": "ds_01936f0e5c1d7e11a4b3f0c2d8e96a05",
+            "memory_cap": "2GB",
+            "sequence_length": 8192,
+            "batch_size": 4,
+            "epochs": 2,
+            "evaluate_every": 25,
+            "checkpoint_every": 100,
+            "keep": 3,
+            "early_stopping": {"patience": 4, "min_delta": 0.002},
+            "seed": 7,
+            "metadata": {"team": "support", "ticket": "ML-412"},
+        },
+    },
+}
+
+PLAN_EXAMPLES: dict[str, Any] = {
+    "question": {
+        "summary": "Would 65,536 tokens fit into 1.5 GiB?",
+        "value": {"model": "performer-tiny", "memory_cap": "1.5GiB", "sequence_length": 65536, "steps": 1000},
+    },
+    "fixed": {
+        "summary": "What would my own chunk length cost?",
+        "value": {
+            "model": "performer-ptb",
+            "memory_cap": 1500000000,
+            "sequence_length": 16384,
+            "steps": 100,
+            "chunking": {"chunk_length": 512, "state_policy": "reverse"},
+        },
+    },
+}

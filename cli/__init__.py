@@ -1,0 +1,1 @@
+"""The `slimtune` command and the Python client that it is built on."""

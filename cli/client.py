@@ -1,0 +1,249 @@
+"""A small client of the REST API."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypedDict
+
+import httpx2
+
+PAGE = 1_000
+CHUNK_BYTES = 1 << 20
+
+
+class FrontierPoint(TypedDict):
+    chunk_length: int
+    state_policy: str
+    micro_batch_size: int
+    predicted_peak_bytes: int
+    predicted_step_seconds: float
+
+
+class Plan(TypedDict):
+    chunk_length: int
+    num_chunks: int
+    state_policy: str
+    micro_batch_size: int
+    accumulation_steps: int
+    predicted_peak_bytes: int
+    breakdown: dict[str, int]
+    predicted_step_seconds: float
+    predicted_total_seconds: float
+    unchunked_peak_bytes: int
+    minimum_cap_bytes: int
+    reason: str
+    calibration_source: str
+    frontier: list[FrontierPoint]
+
+
+class Dataset(TypedDict):
+    id: str
+    bytes: int
+    documents: int
+    tokens: int
+
+
+class Progress(TypedDict):
+    step: int
+    total_steps: int
+    tokens: int
+    loss: float | None
+    step_seconds: float | None
+    eta_seconds: float | None
+
+
+class JobFailure(TypedDict):
+    code: str
+    message: str
+    step: int | None
+    hint: str | None
+
+
+class Job(TypedDict):
+    id: str
+    status: str
+    attempt: int
+    plan: Plan
+    memory_cap: int
+    predicted_peak_bytes: int
+    measured_peak_bytes: int | None
+    progress: Progress
+    output_model: str | None
+    error: JobFailure | None
+
+
+class Metric(TypedDict):
+    step: int
+    loss: float | None
+    learning_rate: float | None
+    grad_norm: float | None
+    step_seconds: float | None
+    tokens: int | None
+    peak_bytes: int | None
+    validation_loss: float | None
+
+
+class Event(TypedDict):
+    id: int
+    attempt: int
+    type: str
+    created_at: str
+    data: dict[str, Any]
+
+
+class FileRecord(TypedDict):
+    name: str
+    bytes: int
+    sha256: str
+
+
+class Checkpoint(TypedDict):
+    step: int
+    is_best: bool
+    files: list[FileRecord]
+
+
+class ServiceError(RuntimeError):
+    """The service refused a request (`status`, `code` and the whole `problem`), or did not answer (status 0)."""
+
+    def __init__(self, message: str, *, status: int = 0, code: str = "unreachable", problem: Any = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.problem = problem
+
+
+class DamagedDownloadError(RuntimeError):
+    """What arrived is not what the service registered; nothing was kept."""
+
+
+class Client:
+    """Calls the service at `url`. Methods raise ServiceError. A context manager.
+
+    Proxy settings of the environment are not used: the service is local or on a network of ours.
+    """
+
+    def __init__(self, url: str, *, timeout_seconds: float = 30.0) -> None:
+        self._http = httpx2.Client(base_url=url, timeout=timeout_seconds, trust_env=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def missing(self) -> list[str]:
+        """What is missing for a job to run now: `api`, or any of `database`, `broker`, `worker`. Raises nothing."""
+        try:
+            response = self._http.get("/readyz")
+        except httpx2.TransportError:
+            return ["api"]
+        if response.status_code not in (200, 503):
+            return ["api"]
+        return [name for name, there in response.json()["checks"].items() if not there]
+
+    def upload_dataset(self, path: Path) -> Dataset:
+        with path.open("rb") as file:
+            dataset: Dataset = self._request("POST", "/datasets", files={"file": (path.name, file)})
+        return dataset
+
+    def plan(self, job: dict[str, Any]) -> Plan:
+        """How the job would run; stores nothing."""
+        plan: Plan = self._request("POST", "/plans", json=job)
+        return plan
+
+    def create_job(self, job: dict[str, Any]) -> Job:
+        created: Job = self._request("POST", "/jobs", json=job)
+        return created
+
+    def job(self, job_id: str) -> Job:
+        job: Job = self._request("GET", f"/jobs/{job_id}")
+        return job
+
+    def cancel(self, job_id: str) -> Job:
+        job: Job = self._request("POST", f"/jobs/{job_id}/cancel")
+        return job
+
+    def metrics(self, job_id: str, after_step: int = -1) -> Iterator[Metric]:
+        """The rows after a step, page by page."""
+        more = True
+        while more:
+            page = self._request("GET", f"/jobs/{job_id}/metrics", params={"after_step": after_step, "limit": PAGE})
+            yield from page["data"]
+            more = page["has_more"]
+            after_step = page["data"][-1]["step"] if page["data"] else after_step
+
+    def events(self, job_id: str, after: int = 0) -> Iterator[Event]:
+        """What happened since an event, page by page."""
+        more = True
+        while more:
+            page = self._request("GET", f"/jobs/{job_id}/events", params={"after": after, "limit": PAGE})
+            yield from page["data"]
+            more = page["has_more"]
+            after = page["data"][-1]["id"] if page["data"] else after
+
+    def checkpoint(self, job_id: str, which: int | str) -> Checkpoint:
+        """A step, or `latest`, `best`, `final`."""
+        checkpoint: Checkpoint = self._request("GET", f"/jobs/{job_id}/checkpoints/{which}")
+        return checkpoint
+
+    def download(self, job_id: str, which: int | str, file: FileRecord, folder: Path) -> Path:
+        """Stream one file of a checkpoint into `folder`, where it appears once its size and SHA-256 are right.
+
+        Raises DamagedDownloadError if they are not.
+        """
+        target = folder / Path(file["name"]).name
+        partial = target.with_name(target.name + ".part")
+        digest = hashlib.sha256()
+        try:
+            with partial.open("wb") as output:
+                for chunk in self._stream(f"/jobs/{job_id}/checkpoints/{which}/files/{file['name']}"):
+                    digest.update(chunk)
+                    output.write(chunk)
+            size = partial.stat().st_size
+            if size != file["bytes"] or digest.hexdigest() != file["sha256"]:
+                raise DamagedDownloadError(
+                    f"{file['name']}: {size} bytes with SHA-256 {digest.hexdigest()} arrived, "
+                    f"but {file['bytes']} bytes with {file['sha256']} were registered"
+                )
+            return partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _request(self, method: str, path: str, **arguments: Any) -> Any:
+        try:
+            response = self._http.request(method, path, **arguments)
+        except httpx2.TransportError as error:
+            raise ServiceError(f"{method} {path}: no answer from {self._http.base_url} ({error})") from error
+        _raise_for_problem(response)
+        return response.json()
+
+    def _stream(self, path: str) -> Iterator[bytes]:
+        try:
+            with self._http.stream("GET", path) as response:
+                if response.is_error:
+                    response.read()
+                    _raise_for_problem(response)
+                yield from response.iter_bytes(CHUNK_BYTES)
+        except httpx2.TransportError as error:
+            raise ServiceError(f"GET {path}: the download broke off ({error})") from error
+
+
+def _raise_for_problem(response: httpx2.Response) -> None:
+    """Errors come as application/problem+json (RFC 9457); one that does not was not made by the service."""
+    if not response.is_error:
+        return
+    where = f"{response.request.method} {response.request.url.path}"
+    if not response.headers.get("content-type", "").startswith("application/problem+json"):
+        raise ServiceError(f"{where}: HTTP {response.status_code}", status=response.status_code, code="unknown")
+    problem = response.json()
+    message = f"{where}: {problem.get('detail') or problem.get('title')} ({problem.get('code')})"
+    raise ServiceError(message, status=response.status_code, code=problem.get("code", "unknown"), problem=problem)

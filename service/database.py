@@ -1,0 +1,48 @@
+"""The engine and the transaction. Nothing here retries: who may try again is for the caller to know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import sqlalchemy
+from sqlalchemy import Engine
+from sqlalchemy.orm import Session
+
+from service.settings import Settings
+
+CONNECT_TIMEOUT_SECONDS = 3
+STATEMENT_TIMEOUT_MILLISECONDS = 30_000
+
+
+def engine(settings: Settings) -> Engine:
+    """A connection pool for one process. It connects on first use; dispose of it when the process ends."""
+    return sqlalchemy.create_engine(
+        settings.database_url,
+        pool_size=5,
+        max_overflow=15,
+        pool_timeout=5,
+        pool_pre_ping=True,  # after a restart of the database the pool's old connections are dead
+        pool_recycle=1_800,
+        connect_args={
+            "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+            "keepalives_idle": 10,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 20_000,
+            "options": f"-c timezone=utc -c statement_timeout={STATEMENT_TIMEOUT_MILLISECONDS}"
+            " -c idle_in_transaction_session_timeout=60000",
+        },
+    )
+
+
+@contextmanager
+def transaction(bind: Engine) -> Iterator[Session]:
+    """A session in one transaction: committed at the end, rolled back on any exception. Rows stay readable after."""
+    with Session(bind, expire_on_commit=False) as session, session.begin():
+        yield session
+
+
+def try_lock(session: Session, key: int) -> bool:
+    """Take the advisory lock `key` until the transaction ends; False if another session has it."""
+    return bool(session.scalar(sqlalchemy.select(sqlalchemy.func.pg_try_advisory_xact_lock(key))))

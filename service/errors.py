@@ -1,0 +1,150 @@
+"""What can go wrong, as classes: an HTTP status, a stable code, and fields that a client can act on."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class ServiceError(Exception):
+    """Base of all errors that callers of `service` should expect."""
+
+    status: ClassVar[int] = 500
+    code: str = "internal_error"
+
+    def __init__(self, message: str, **fields: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.fields = fields
+
+
+def _shown(text: str) -> str:
+    """At most 80 characters of a client's text, safe to print and to encode."""
+    return text[:80].encode("ascii", "backslashreplace").decode("ascii")
+
+
+class NotFoundError(ServiceError):
+    """There is no such resource: `kind` is `job`, `dataset`, `model`, `checkpoint` or `file`."""
+
+    status = 404
+
+    def __init__(self, kind: str, identifier: str) -> None:
+        super().__init__(f"There is no {kind} {_shown(identifier)!r}.", resource=kind)
+        self.code = f"{kind}_not_found"
+
+
+class JobStateConflictError(ServiceError):
+    """The job's state does not allow the request."""
+
+    status = 409
+    code = "job_state_conflict"
+
+    def __init__(self, job_id: str, action: str, state: str, desired: str) -> None:
+        state_text = state if desired == "run" else f"{state}, with {desired} requested"
+        super().__init__(f"Cannot {action} a job that is {state_text}.", job=job_id, job_status=state)
+
+
+class FencedError(ServiceError):
+    """A run wrote about a job that it no longer holds: another attempt has begun, or the job is not running."""
+
+    status = 409
+    code = "fenced"
+
+    def __init__(self, job_id: str, attempt: int) -> None:
+        super().__init__(f"Attempt {attempt} no longer holds {job_id}.", job=job_id, attempt=attempt)
+
+
+class DatasetInvalidError(ServiceError):
+    """The file's content is not what its format says; `problems` are the first 20."""
+
+    status = 422
+    code = "dataset_invalid"
+
+    def __init__(self, message: str, problems: list[dict[str, Any]], total: int) -> None:
+        super().__init__(message, problems=problems, total_problems=total)
+
+
+class DatasetFormatError(ServiceError):
+    """The file's name has none of the endings that are read."""
+
+    status = 422
+    code = "dataset_format_unsupported"
+
+    def __init__(self) -> None:
+        super().__init__("The file's name must end in .txt or .jsonl.", formats=["txt", "jsonl"])
+
+
+class DatasetTooSmallError(ServiceError):
+    """Fewer tokens than one training window needs."""
+
+    status = 422
+    code = "dataset_too_small"
+
+    def __init__(self, field: str, dataset_id: str, tokens: int, sequence_length: int) -> None:
+        super().__init__(
+            f"{field} has {tokens} tokens; sequence_length {sequence_length} needs at least {sequence_length + 1}.",
+            field=field,
+            dataset=dataset_id,
+            tokens=tokens,
+            required_tokens=sequence_length + 1,
+            max_sequence_length=max(tokens - 1, 0),
+        )
+
+
+class UploadTooLargeError(ServiceError):
+    """The upload passed the limit; what had arrived is gone again."""
+
+    status = 413
+    code = "upload_too_large"
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(f"The file is larger than {limit_bytes} bytes.", max_upload_bytes=limit_bytes)
+
+
+class DatasetInUseError(ServiceError):
+    """Jobs that are not finished read this dataset."""
+
+    status = 409
+    code = "dataset_in_use"
+
+    def __init__(self, dataset_id: str, jobs: list[str]) -> None:
+        super().__init__("The dataset is used by jobs that are not finished.", dataset=dataset_id, jobs=jobs)
+
+
+class ModelInUseError(ServiceError):
+    """Jobs that are not finished start from this model."""
+
+    status = 409
+    code = "model_in_use"
+
+    def __init__(self, model_id: str, jobs: list[str]) -> None:
+        super().__init__("The model is used by jobs that are not finished.", model=model_id, jobs=jobs)
+
+
+class BuiltinModelError(ServiceError):
+    """A built-in architecture cannot be deleted."""
+
+    status = 409
+    code = "model_built_in"
+
+    def __init__(self, name: str) -> None:
+        super().__init__("A built-in model cannot be deleted.", model=name)
+
+
+class StorageFullError(ServiceError):
+    """No space left on the device of the data folder."""
+
+    status = 507
+    code = "disk_full"
+
+    def __init__(self) -> None:
+        super().__init__("There is no space left to store the file.")
+
+
+class CheckpointDamagedError(ServiceError):
+    """A file is not what its row says; serving it would hand out broken weights."""
+
+    status = 500
+    code = "checkpoint_damaged"
+
+    def __init__(self, name: str) -> None:
+        super().__init__("The file on disk is not the one that was registered.", file=name)

@@ -1,0 +1,24 @@
+"""The log of a job: what happened to it, in the transaction in which it happened."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import insert, select
+from sqlalchemy.orm import Session
+
+from service.jsonable import clean_json
+from service.models import JobEvent
+from service.pages import take
+
+
+def record(session: Session, job_id: str, attempt: int, event_type: str, data: dict[str, Any] | None = None) -> None:
+    """Add an event. Not fenced: a run writes through `runs.add_event`."""
+    values = {"job_id": job_id, "attempt": attempt, "type": event_type, "data": clean_json(data or {})}
+    session.execute(insert(JobEvent).values(values))
+
+
+def page(session: Session, job_id: str, after: int = 0, limit: int = 100) -> tuple[list[JobEvent], bool]:
+    """Up to `limit` events with an id above `after`, oldest first, and whether there are more."""
+    query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.id > after).order_by(JobEvent.id)
+    return take(session, query, limit)

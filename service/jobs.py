@@ -1,0 +1,133 @@
+"""Jobs from the user's side: create, look, cancel, pause, resume. The run's side is runs.py.
+
+Every function works in the caller's transaction and commits nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from service import base_models, datasets, events
+from service.errors import JobStateConflictError, NotFoundError
+from service.ids import is_id, new_id
+from service.models import Job
+from service.pages import newest_first
+from service.status import REQUESTS, TERMINAL, Action, Desired, JobStatus
+
+
+def create(
+    session: Session,
+    *,
+    spec: dict[str, Any],
+    train: dict[str, Any],
+    model_config: dict[str, Any],
+    plan: dict[str, Any],
+    memory_cap_bytes: int,
+    dataset_id: str,
+    validation_dataset_id: str | None = None,
+    base_model_id: str | None = None,
+) -> Job:
+    """A new queued job with its first events.
+
+    `name`, `model` and `metadata` come from `spec`. Raises NotFoundError if a dataset or the base model is gone:
+    their rows stay locked against deletion until the transaction ends.
+    """
+    for identifier in filter(None, (dataset_id, validation_dataset_id)):
+        datasets.get(session, identifier, keep=True)
+    if base_model_id is not None:
+        base_models.get(session, base_model_id, keep=True)
+    job = Job(
+        id=new_id("job"),
+        name=spec.get("name"),
+        status=JobStatus.QUEUED.value,
+        desired=Desired.RUN.value,
+        spec=spec,
+        train=train,
+        model_config=model_config,
+        plan=plan,
+        memory_cap_bytes=memory_cap_bytes,
+        dataset_id=dataset_id,
+        validation_dataset_id=validation_dataset_id,
+        base_model_id=base_model_id,
+        model=spec["model"],
+        total_steps=train["steps"],
+        predicted_peak_bytes=plan["predicted_peak_bytes"],
+        job_metadata=spec.get("metadata") or {},
+    )
+    session.add(job)
+    session.flush()
+    session.refresh(job)
+    events.record(session, job.id, 0, "queued")
+    planned = ("chunk_length", "num_chunks", "state_policy", "micro_batch_size", "predicted_peak_bytes", "reason")
+    events.record(session, job.id, 0, "planned", {name: plan[name] for name in planned if name in plan})
+    return job
+
+
+def get(session: Session, job_id: str) -> Job:
+    """The job. Raises NotFoundError."""
+    job = session.get(Job, job_id, populate_existing=True) if is_id("job", job_id) else None
+    if job is None:
+        raise NotFoundError("job", job_id)
+    return job
+
+
+def page(
+    session: Session, status: str | None = None, after: str | None = None, limit: int = 20
+) -> tuple[list[Job], bool]:
+    """Up to `limit` jobs older than the job `after`, newest first, and whether there are more."""
+    query = select(Job)
+    if status is not None:
+        query = query.where(Job.status == status)
+    return newest_first(session, query, Job.id, after, limit)
+
+
+def request(session: Session, job_id: str, action: Action) -> Job:
+    """Cancel, pause or resume, by the table in status.py. Asking again for what is already so changes nothing.
+
+    A job that no worker holds changes at once; a running one is told at its next heartbeat.
+    Raises NotFoundError, JobStateConflictError.
+    """
+    job = _locked(session, job_id)
+    before = JobStatus(job.status), Desired(job.desired)
+    outcome = REQUESTS.get((action, *before))
+    if outcome is None:
+        raise JobStateConflictError(job_id, action, job.status, job.desired)
+    if outcome == before:
+        return job
+    status, desired = outcome
+    values: dict[str, Any] = {"status": status.value, "desired": desired.value}
+    if status in TERMINAL:
+        values["finished_at"] = func.clock_timestamp()
+    if (before[0], status) == (JobStatus.PAUSED, JobStatus.QUEUED):
+        values["failures"] = 0  # the user asks for a fresh try
+    guard = (Job.id == job_id, Job.status == before[0].value)
+    row = session.scalars(
+        update(Job).where(*guard).values(values).returning(Job), execution_options={"populate_existing": True}
+    ).one()
+    events.record(session, job_id, row.attempt, _event_of(action, before[0], status))
+    return row
+
+
+def queued_ids(session: Session, limit: int = 100) -> list[str]:
+    """Jobs that wait for a worker, oldest first."""
+    query = select(Job.id).where(Job.status == JobStatus.QUEUED.value).order_by(Job.id).limit(limit)
+    return list(session.scalars(query))
+
+
+def _locked(session: Session, job_id: str) -> Job:
+    if not is_id("job", job_id):
+        raise NotFoundError("job", job_id)
+    query = select(Job).where(Job.id == job_id).with_for_update(key_share=True)
+    job = session.scalars(query, execution_options={"populate_existing": True}).one_or_none()
+    if job is None:
+        raise NotFoundError("job", job_id)
+    return job
+
+
+def _event_of(action: Action, before: JobStatus, after: JobStatus) -> str:
+    if before is JobStatus.RUNNING:
+        return f"{action}_requested"
+    return {JobStatus.CANCELLED: "cancelled", JobStatus.PAUSED: "paused", JobStatus.QUEUED: "resumed"}[after]

@@ -1,0 +1,15 @@
+"""The loss curve of a job."""
+
+from __future__ import annotations
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from service.models import Metric
+from service.pages import take
+
+
+def page(session: Session, job_id: str, after_step: int = -1, limit: int = 1_000) -> tuple[list[Metric], bool]:
+    """Up to `limit` rows with a step above `after_step`, by step, and whether there are more."""
+    query = select(Metric).where(Metric.job_id == job_id, Metric.step > after_step).order_by(Metric.step)
+    return take(session, query, limit)

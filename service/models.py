@@ -1,0 +1,175 @@
+"""The tables. Migrations under migrations/versions create them; the columns' units are in their names or below."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import BigInteger, CheckConstraint, DateTime, ForeignKey, Identity, Index, Text, func, text
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from service.status import Desired, JobStatus
+
+# Identifiers sort by creation, byte for byte, whatever the database's locale.
+Id = Text(collation="C")
+
+
+def _one_of(column: str, values: type[JobStatus | Desired]) -> str:
+    return f"{column} IN ({', '.join(repr(value.value) for value in values)})"
+
+
+class Base(DeclarativeBase):
+    type_annotation_map = {  # noqa: RUF012  # SQLAlchemy's declared shape
+        str: Text(),
+        int: BigInteger(),
+        datetime: DateTime(timezone=True),
+        dict[str, Any]: JSONB(none_as_null=True),
+        list[dict[str, Any]]: JSONB(none_as_null=True),
+        dict[str, str]: JSONB(none_as_null=True),
+    }
+
+
+class Dataset(Base):
+    """An uploaded text file, counted under the byte tokenizer (UTF-8 bytes and one border per document)."""
+
+    __tablename__ = "datasets"
+    __table_args__ = (CheckConstraint("format IN ('txt', 'jsonl')", name="datasets_format"),)
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    name: Mapped[str]
+    filename: Mapped[str]
+    """The client's name for the file, cleaned; metadata only."""
+    format: Mapped[str]
+    bytes: Mapped[int]
+    documents: Mapped[int]
+    tokens: Mapped[int]
+    longest_document_tokens: Mapped[int]
+    sha256: Mapped[str]
+    problems: Mapped[list[dict[str, Any]]]
+    """Remarks that did not prevent the upload: [{line, reason}]."""
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class Model(Base):
+    """The output of a succeeded job: a checkpoint folder to start other jobs from."""
+
+    __tablename__ = "models"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    name: Mapped[str]
+    job_id: Mapped[str] = mapped_column(Id, ForeignKey("jobs.id"), index=True)
+    step: Mapped[int]
+    config: Mapped[dict[str, Any]]
+    path: Mapped[str]
+    """Relative to the data folder."""
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class Job(Base):
+    __tablename__ = "jobs"
+    __table_args__ = (
+        CheckConstraint(_one_of("status", JobStatus), name="jobs_status"),
+        CheckConstraint(_one_of("desired", Desired), name="jobs_desired"),
+        CheckConstraint("(status = 'running') = (lease_until IS NOT NULL)", name="jobs_lease_while_running"),
+        Index("jobs_status_id", "status", "id"),
+        Index("jobs_lease", "lease_until", postgresql_where=text("status = 'running'")),
+    )
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    name: Mapped[str | None]
+    status: Mapped[str]
+    desired: Mapped[str]
+    spec: Mapped[dict[str, Any]]
+    """The validated request, defaults filled in."""
+    train: Mapped[dict[str, Any]]
+    model_config: Mapped[dict[str, Any]]
+    plan: Mapped[dict[str, Any]]
+    memory_cap_bytes: Mapped[int]
+    dataset_id: Mapped[str] = mapped_column(Id)
+    """No foreign key: a finished job outlives its dataset."""
+    validation_dataset_id: Mapped[str | None] = mapped_column(Id)
+    base_model_id: Mapped[str | None] = mapped_column(Id)
+    """A models.id, or None for a built-in architecture with new weights."""
+    model: Mapped[str]
+    """The model as the request named it."""
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+    attempt: Mapped[int] = mapped_column(server_default="0")
+    failures: Mapped[int] = mapped_column(server_default="0")
+    """Attempts in a row that ended without a new checkpoint."""
+    memory_replans: Mapped[int] = mapped_column(server_default="0")
+    lease_until: Mapped[datetime | None]
+    worker: Mapped[str | None]
+    step: Mapped[int] = mapped_column(server_default="0")
+    total_steps: Mapped[int]
+    tokens: Mapped[int] = mapped_column(server_default="0")
+    loss: Mapped[float | None]
+    step_seconds: Mapped[float | None]
+    predicted_peak_bytes: Mapped[int]
+    measured_peak_bytes: Mapped[int | None]
+    output_model_id: Mapped[str | None] = mapped_column(Id)
+    error: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+    """{code, message, step, hint} of a failed job."""
+    job_metadata: Mapped[dict[str, str]] = mapped_column("metadata", server_default=text("'{}'"))
+
+
+class JobEvent(Base):
+    __tablename__ = "job_events"
+    __table_args__ = (Index("job_events_job_id_id", "job_id", "id"),)
+
+    id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
+    job_id: Mapped[str] = mapped_column(Id, ForeignKey("jobs.id", ondelete="CASCADE"))
+    attempt: Mapped[int]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+    type: Mapped[str]
+    data: Mapped[dict[str, Any]]
+
+
+class Metric(Base):
+    """One optimiser step; a step repeated by a later attempt replaces the earlier row."""
+
+    __tablename__ = "metrics"
+
+    job_id: Mapped[str] = mapped_column(Id, ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    step: Mapped[int] = mapped_column(primary_key=True)
+    attempt: Mapped[int]
+    loss: Mapped[float | None]
+    """Nats per token; None where it was not finite."""
+    learning_rate: Mapped[float | None]
+    grad_norm: Mapped[float | None]
+    step_seconds: Mapped[float | None]
+    tokens: Mapped[int | None]
+    """Trained on since the start of the job, this step included."""
+    peak_bytes: Mapped[int | None]
+    validation_loss: Mapped[float | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+
+
+class Checkpoint(Base):
+    __tablename__ = "checkpoints"
+
+    job_id: Mapped[str] = mapped_column(Id, ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    step: Mapped[int] = mapped_column(primary_key=True)
+    attempt: Mapped[int]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+    validation_loss: Mapped[float | None]
+    files: Mapped[list[dict[str, Any]]]
+    """[{name, bytes, sha256}], the hash in hex."""
+    path: Mapped[str]
+    """Relative to the data folder."""
+    is_best: Mapped[bool] = mapped_column(server_default=text("false"))
+
+
+class CalibrationRecord(Base):
+    """What workers measured of a device (slim_core's Calibration)."""
+
+    __tablename__ = "calibrations"
+
+    device: Mapped[str] = mapped_column(primary_key=True)
+    version: Mapped[int] = mapped_column(server_default="1")
+    """Counts the reports; a plan made under an older one can be told apart."""
+    data: Mapped[dict[str, Any]]
+    worker: Mapped[str]
+    updated_at: Mapped[datetime] = mapped_column(server_default=func.now())

@@ -1,0 +1,349 @@
+"""Jobs from the side of the process that runs them: claim, heartbeat, reports, the end.
+
+Every write is fenced: it holds only while the job is `running` under the caller's attempt number, else FencedError,
+upon which a supervisor kills its trainer. Every function works in the caller's transaction and commits nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, func, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from service import events, storage
+from service.errors import FencedError
+from service.ids import new_id
+from service.jsonable import clean_json, finite
+from service.models import Checkpoint, Dataset, Job, Metric, Model
+from service.status import TRANSITIONS, Desired, JobStatus
+
+MAX_FAILURES = 3
+"""Attempts in a row without a new checkpoint after which a crashing job is given up."""
+MAX_LOST_LEASES = 10
+"""The same where the worker vanished: seldom the job's fault, but a job that kills its worker must end too."""
+
+FINISHED = frozenset({JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.PAUSED})
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedJob:
+    """What a supervisor needs to run one attempt. Paths are relative to the data folder."""
+
+    id: str
+    attempt: int
+    train: dict[str, Any]
+    model_config: dict[str, Any]
+    plan: dict[str, Any]
+    memory_cap_bytes: int
+    keep: int
+    """Checkpoints to keep."""
+    step: int
+    memory_replans: int
+    failures: int
+    dataset_path: str
+    validation_path: str | None
+    initial_weights_path: str | None
+    """Checkpoint folder of the base model; None for new weights."""
+    checkpoints_dir: str
+
+
+@dataclass(frozen=True, slots=True)
+class OutputModel:
+    """Which registered checkpoint a succeeded job's output is."""
+
+    step: int
+    path: str
+    """Relative to the data folder."""
+
+
+def claim(session: Session, job_id: str, worker: str, lease_seconds: float) -> ClaimedJob | None:
+    """Take a queued job for a new attempt; None if it is not queued or another worker is taking it now."""
+    candidate = (
+        select(Job.id)
+        .where(Job.id == job_id, Job.status == JobStatus.QUEUED.value)
+        .with_for_update(skip_locked=True)
+        .cte("candidate")
+    )
+    statement = (
+        update(Job)
+        .where(Job.id == candidate.c.id)
+        .values(
+            status=JobStatus.RUNNING.value,
+            attempt=Job.attempt + 1,
+            lease_until=_lease(lease_seconds),
+            worker=worker,
+            started_at=func.coalesce(Job.started_at, func.clock_timestamp()),
+        )
+        .returning(Job)
+    )
+    job = session.scalars(statement, execution_options={"populate_existing": True}).one_or_none()
+    if job is None:
+        return None
+    events.record(session, job.id, job.attempt, "started", {"worker": worker, "step": job.step})
+    return ClaimedJob(
+        id=job.id,
+        attempt=job.attempt,
+        train=job.train,
+        model_config=job.model_config,
+        plan=job.plan,
+        memory_cap_bytes=job.memory_cap_bytes,
+        keep=int(job.spec.get("keep", 2)),
+        step=job.step,
+        memory_replans=job.memory_replans,
+        failures=job.failures,
+        dataset_path=_dataset_path(session, job.dataset_id),
+        validation_path=_dataset_path(session, job.validation_dataset_id) if job.validation_dataset_id else None,
+        initial_weights_path=_model_path(session, job.base_model_id) if job.base_model_id else None,
+        checkpoints_dir=storage.checkpoints_dir(job.id),
+    )
+
+
+def renew(session: Session, job_id: str, attempt: int, lease_seconds: float) -> Desired:
+    """Extend the lease, counted from now by the database's clock; returns what the user wants. Raises FencedError."""
+    return Desired(fenced_update(session, job_id, attempt, lease_until=_lease(lease_seconds)).desired)
+
+
+def add_event(session: Session, job_id: str, attempt: int, event_type: str, data: dict[str, Any] | None = None) -> None:
+    """Log something about the run. Raises FencedError."""
+    hold(session, job_id, attempt)
+    events.record(session, job_id, attempt, event_type, data)
+
+
+def record_metrics(session: Session, job_id: str, attempt: int, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Store steps as the trainer reports them and move the job's progress to the last one. Raises FencedError.
+
+    Each row has step, loss, learning_rate, grad_norm, step_seconds, tokens, peak_bytes; other keys are ignored.
+    """
+    by_step = {row["step"]: row for row in rows}
+    if not by_step:
+        return
+    last = by_step[max(by_step)]
+    peak = max((row["peak_bytes"] for row in by_step.values() if row.get("peak_bytes") is not None), default=None)
+    fenced_update(
+        session,
+        job_id,
+        attempt,
+        step=last["step"],
+        tokens=last["tokens"],
+        loss=finite(last["loss"]),
+        step_seconds=finite(last["step_seconds"]),
+        measured_peak_bytes=func.greatest(Job.measured_peak_bytes, peak),
+    )
+    values = [
+        {
+            "job_id": job_id,
+            "step": row["step"],
+            "attempt": attempt,
+            "loss": finite(row["loss"]),
+            "learning_rate": finite(row["learning_rate"]),
+            "grad_norm": finite(row["grad_norm"]),
+            "step_seconds": finite(row["step_seconds"]),
+            "tokens": row["tokens"],
+            "peak_bytes": row.get("peak_bytes"),
+        }
+        for row in by_step.values()
+    ]
+    _upsert_metrics(session, values, tuple(values[0])[2:])
+
+
+def record_evaluation(session: Session, job_id: str, attempt: int, step: int, loss: float) -> None:
+    """Store the validation loss (nats per token) after `step`. Raises FencedError."""
+    hold(session, job_id, attempt)
+    values = {"job_id": job_id, "step": step, "attempt": attempt, "validation_loss": finite(loss)}
+    _upsert_metrics(session, [values], ("attempt", "validation_loss"))
+    events.record(session, job_id, attempt, "evaluation", {"step": step, "loss": loss})
+
+
+def finish(
+    session: Session,
+    job_id: str,
+    attempt: int,
+    status: JobStatus | str,
+    *,
+    error: dict[str, Any] | None = None,
+    output_model: OutputModel | None = None,
+) -> Job:
+    """End the run: succeeded, failed (with `error`), cancelled or paused. Raises FencedError, ValueError.
+
+    A succeeded job's newest checkpoint becomes a model, unless `output_model` names another. A pause that the user
+    took back meanwhile ends in `queued`, one followed by a cancel in `cancelled`.
+    """
+    status = JobStatus(status)
+    if status not in FINISHED:
+        raise ValueError(f"status: a run cannot finish as {status.value}")
+    job = hold(session, job_id, attempt)
+    if status is JobStatus.PAUSED:
+        status = _resting_status(job.desired, JobStatus.PAUSED)
+    data: dict[str, Any] = {"step": job.step}
+    values: dict[str, Any] = {}
+    if status is JobStatus.SUCCEEDED:
+        values["output_model_id"] = data["output_model"] = _create_output(session, job, output_model)
+    if error is not None:
+        values["error"] = data["error"] = clean_json(error)
+    ended = _leave_running(session, job, status, values)
+    events.record(session, job_id, attempt, "requeued" if status is JobStatus.QUEUED else status.value, data)
+    return ended
+
+
+def release(
+    session: Session,
+    job_id: str,
+    attempt: int,
+    reason: str,
+    *,
+    progressed: bool,
+    plan: dict[str, Any] | None = None,
+    max_failures: int = MAX_FAILURES,
+    error: dict[str, Any] | None = None,
+) -> Job:
+    """Give the job back for another attempt. Raises FencedError.
+
+    Without progress (a new checkpoint) this counts as a failure, and the `max_failures`-th in a row fails the job with
+    code attempts_exhausted and `error` as its cause. With a new `plan` it is a memory replan, counted in
+    `memory_replans` instead. A cancel or pause that the user asked for takes effect here.
+    """
+    job = hold(session, job_id, attempt)
+    if plan is not None:
+        values: dict[str, Any] = {
+            "plan": plan,
+            "predicted_peak_bytes": plan["predicted_peak_bytes"],
+            "memory_replans": Job.memory_replans + 1,
+        }
+        events.record(session, job_id, attempt, "replanned", {"chunk_length": plan.get("chunk_length")})
+        return _give_back(session, job, reason, failures=job.failures, max_failures=None, values=values, error=error)
+    failures = 0 if progressed else job.failures + 1
+    return _give_back(session, job, reason, failures=failures, max_failures=max_failures, values={}, error=error)
+
+
+def requeue_expired(session: Session, max_failures: int = MAX_LOST_LEASES) -> list[str]:
+    """Take back the jobs whose lease ran out; returns those that wait for a worker again.
+
+    An attempt that registered no checkpoint counts as a failure, as in `release`.
+    """
+    query = (
+        select(Job)
+        .where(Job.status == JobStatus.RUNNING.value, Job.lease_until < func.clock_timestamp())
+        .order_by(Job.id)
+        .with_for_update(skip_locked=True, key_share=True)
+    )
+    requeued = []
+    for job in session.scalars(query, execution_options={"populate_existing": True}).all():
+        mine = select(Checkpoint.step).where(Checkpoint.job_id == job.id, Checkpoint.attempt == job.attempt).limit(1)
+        failures = 0 if session.scalar(mine) is not None else job.failures + 1
+        error = {"code": "worker_lost", "message": "The worker stopped renewing its lease.", "step": job.step}
+        given_back = _give_back(
+            session, job, "lease_expired", failures=failures, max_failures=max_failures, values={}, error=error
+        )
+        if given_back.status == JobStatus.QUEUED:
+            requeued.append(job.id)
+    return requeued
+
+
+def hold(session: Session, job_id: str, attempt: int) -> Job:
+    """The fence for writes beside the job's row: the row, locked until the transaction ends. Raises FencedError."""
+    query = select(Job).where(*_fence(job_id, attempt)).with_for_update(key_share=True)
+    job = session.scalars(query, execution_options={"populate_existing": True}).one_or_none()
+    if job is None:
+        raise FencedError(job_id, attempt)
+    return job
+
+
+def fenced_update(session: Session, job_id: str, attempt: int, **values: Any) -> Job:
+    """The fence for writes to the job's row. Raises FencedError."""
+    statement = update(Job).where(*_fence(job_id, attempt)).values(values).returning(Job)
+    job = session.scalars(statement, execution_options={"populate_existing": True}).one_or_none()
+    if job is None:
+        raise FencedError(job_id, attempt)
+    return job
+
+
+def _fence(job_id: str, attempt: int) -> tuple[ColumnElement[bool], ...]:
+    return Job.id == job_id, Job.attempt == attempt, Job.status == JobStatus.RUNNING.value
+
+
+def _lease(seconds: float) -> ColumnElement[Any]:
+    return func.clock_timestamp() + timedelta(seconds=seconds)
+
+
+def _dataset_path(session: Session, dataset_id: str) -> str:
+    return storage.dataset_path(dataset_id, session.scalars(select(Dataset.format).filter_by(id=dataset_id)).one())
+
+
+def _model_path(session: Session, model_id: str) -> str:
+    return session.scalars(select(Model.path).filter_by(id=model_id)).one()
+
+
+def _upsert_metrics(session: Session, values: list[dict[str, Any]], replaced: tuple[str, ...]) -> None:
+    statement = insert(Metric).values(values)
+    excluded = {name: statement.excluded[name] for name in replaced}
+    session.execute(statement.on_conflict_do_update(index_elements=[Metric.job_id, Metric.step], set_=excluded))
+
+
+def _resting_status(desired: str, otherwise: JobStatus) -> JobStatus:
+    """Where a run that stops before its end comes to rest, by what the user wants now."""
+    by_desired = {Desired.CANCEL: JobStatus.CANCELLED, Desired.PAUSE: JobStatus.PAUSED, Desired.RUN: JobStatus.QUEUED}
+    return by_desired.get(Desired(desired), otherwise)
+
+
+def _leave_running(session: Session, job: Job, status: JobStatus, values: dict[str, Any]) -> Job:
+    """The one way out of `running`."""
+    values = {**values, "status": status.value, "lease_until": None, "worker": None}
+    if not TRANSITIONS[status]:
+        values["finished_at"] = func.clock_timestamp()
+    return fenced_update(session, job.id, job.attempt, **values)
+
+
+def _give_back(
+    session: Session,
+    job: Job,
+    reason: str,
+    *,
+    failures: int,
+    max_failures: int | None,
+    values: dict[str, Any],
+    error: dict[str, Any] | None,
+) -> Job:
+    status = _resting_status(job.desired, JobStatus.QUEUED)
+    data: dict[str, Any] = {"reason": reason, "failures": failures, "step": job.step}
+    if error is not None:
+        data["error"] = error
+    if status is JobStatus.QUEUED and max_failures is not None and failures >= max_failures:
+        status = JobStatus.FAILED
+        cause = f" The last one: {error['message']}" if error and error.get("message") else ""
+        values["error"] = clean_json(
+            {
+                "code": "attempts_exhausted",
+                "message": f"{failures} attempts in a row ended without a new checkpoint ({reason}).{cause}",
+                "step": job.step,
+                "hint": (error or {}).get("hint"),
+                "cause": error,
+            }
+        )
+    given_back = _leave_running(session, job, status, {**values, "failures": failures})
+    events.record(session, job.id, job.attempt, "requeued" if status is JobStatus.QUEUED else status.value, data)
+    return given_back
+
+
+def _create_output(session: Session, job: Job, output: OutputModel | None) -> str:
+    if output is None:
+        newest = select(Checkpoint).where(Checkpoint.job_id == job.id).order_by(Checkpoint.step.desc()).limit(1)
+        checkpoint = session.scalars(newest).one_or_none()
+        if checkpoint is None:
+            raise ValueError("output_model: a job without a checkpoint cannot succeed")
+        output = OutputModel(checkpoint.step, checkpoint.path)
+    model = Model(
+        id=new_id("model"),
+        name=job.name or f"{job.model} of {job.id}",
+        job_id=job.id,
+        step=output.step,
+        config=job.model_config,
+        path=output.path,
+    )
+    session.add(model)
+    session.flush()
+    return model.id

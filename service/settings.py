@@ -1,0 +1,48 @@
+"""The configuration of a process. The only reader of the environment."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class DatabaseSettings(BaseSettings):
+    """What a migration needs."""
+
+    model_config = SettingsConfigDict(env_prefix="SLIMTUNE_", frozen=True, extra="ignore", populate_by_name=True)
+
+    database_url: str = Field(validation_alias="DATABASE_URL")
+    """SQLAlchemy URL, `postgresql://` or `postgresql+psycopg://`."""
+
+
+class Settings(DatabaseSettings):
+    """Every variable that slimtune reads; names in the environment are upper case, `SLIMTUNE_` in front of most."""
+
+    redis_url: str = Field(validation_alias="REDIS_URL")
+    """Broker URL, `redis://host:port/db` or `redis+socket:///path/of/the.sock`."""
+    data_dir: Path
+    """Folder of uploads and checkpoints, shared by API and workers."""
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65_535)
+    max_upload_bytes: int = Field(default=2 * 1024**3, ge=1)
+    """Largest dataset file that the API takes."""
+    trainer_threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
+    lease_seconds: float = Field(default=90, gt=0)
+    """How long a run may stay silent before another worker may take the job."""
+    heartbeat_seconds: float = Field(default=5, gt=0)
+    sweep_seconds: float = Field(default=10, gt=0)
+    self_kill_seconds: float = Field(default=60, gt=0)
+    """How long a supervisor may fail to renew its lease before it kills its own trainer."""
+
+
+@functools.cache
+def load_settings() -> Settings:
+    """The settings of this process, read once.
+
+    Raises pydantic.ValidationError if a variable is missing or out of range.
+    """
+    return Settings()

@@ -1,0 +1,149 @@
+"""Files below the data folder: uploads, checkpoints, and how both come and go without leaving halves behind.
+
+    datasets/<dataset_id>/data.<txt|jsonl>
+    jobs/<job_id>/checkpoints/step-00000040/...
+    jobs/<job_id>/attempt-<n>.stderr
+    tmp/                                        uploads on their way, folders being deleted
+
+Names come from the server only. A path in the database is relative, so that the folder can move.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from service.errors import StorageFullError, UploadTooLargeError
+
+
+def dataset_path(dataset_id: str, file_format: str) -> str:
+    """Relative path of a dataset's file."""
+    return f"datasets/{dataset_id}/data.{file_format}"
+
+
+def checkpoints_dir(job_id: str) -> str:
+    """Relative path of the folder that holds a job's checkpoint folders."""
+    return f"jobs/{job_id}/checkpoints"
+
+
+def stderr_path(job_id: str, attempt: int) -> str:
+    """Relative path of the log of one attempt's trainer."""
+    return f"jobs/{job_id}/attempt-{attempt}.stderr"
+
+
+class Storage:
+    """The data folder. Creates what it needs; refuses any path that leads out of it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+        self._tmp = self.root / "tmp"
+
+    def path(self, relative: str) -> Path:
+        """The absolute path. Raises ValueError if it would lie outside the data folder."""
+        absolute = Path(os.path.normpath(self.root / relative))
+        if self.root not in absolute.parents:
+            raise ValueError(f"path: {relative!r} leads out of the data folder")
+        return absolute
+
+    def upload(self, limit_bytes: int) -> Upload:
+        """A file to write an upload into; use it as a context manager. Raises StorageFullError."""
+        try:
+            self._tmp.mkdir(parents=True, exist_ok=True)
+            return Upload(self._tmp / f"upload-{secrets.token_hex(8)}", limit_bytes)
+        except OSError as error:
+            raise _translated(error) from error
+
+    def remove(self, relative: str) -> None:
+        """Delete a file's or checkpoint's folder with all it holds. It disappears at once; missing is fine."""
+        self._tmp.mkdir(parents=True, exist_ok=True)
+        doomed = self._tmp / f"removed-{secrets.token_hex(8)}"
+        try:
+            self.path(relative).rename(doomed)
+        except FileNotFoundError:
+            return
+        shutil.rmtree(doomed)
+
+    def clean_temporary(self, older_than_seconds: float = 86_400) -> int:
+        """Delete what crashed processes left in tmp/; returns how many entries. What others still write stays."""
+        if not self._tmp.is_dir():
+            return 0
+        horizon = time.time() - older_than_seconds
+        stale = [entry for entry in self._tmp.iterdir() if entry.lstat().st_mtime < horizon]
+        for entry in stale:
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)  # another process may be deleting it as well
+            else:
+                entry.unlink(missing_ok=True)
+        return len(stale)
+
+
+class Upload:
+    """One file being written: temporary until `commit`, gone if the block ends without one."""
+
+    def __init__(self, temporary: Path, limit_bytes: int) -> None:
+        self._temporary = temporary
+        self._limit_bytes = limit_bytes
+        self._file = temporary.open("xb")
+        self._hash = hashlib.sha256()
+        self.bytes = 0
+
+    @property
+    def sha256(self) -> str:
+        """Of the bytes so far, in hex."""
+        return self._hash.hexdigest()
+
+    def write(self, data: bytes) -> None:
+        """Append. Raises UploadTooLargeError past the limit, StorageFullError on a full disk."""
+        self.bytes += len(data)
+        if self.bytes > self._limit_bytes:
+            raise UploadTooLargeError(self._limit_bytes)
+        self._hash.update(data)
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise _translated(error) from error
+
+    def commit(self, destination: Path) -> None:
+        """Make the file durable at `destination`: synced, renamed, the folders synced. Raises StorageFullError."""
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            self._temporary.rename(destination)
+            for folder in (destination.parent, destination.parent.parent):
+                sync_folder(folder)
+        except OSError as error:
+            raise _translated(error) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._temporary.unlink(missing_ok=True)
+        try:
+            self._file.close()
+        except OSError:  # the buffer did not fit on a full disk; the file is unlinked already
+            if kind is None:
+                raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _translated(error: OSError) -> Exception:
+    return StorageFullError() if error.errno in (errno.ENOSPC, errno.EDQUOT) else error

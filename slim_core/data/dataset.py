@@ -1,0 +1,133 @@
+"""Token files and batches. A token file is a plain array of 16-bit little-endian tokens, mapped, never loaded.
+
+Legend: B batch, T sequence length, W windows of T tokens (and one more, the last target) in an epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from slim_core.data.tokenizer import DOCUMENT_BORDER
+
+_BLOCK_BYTES = 1 << 20
+_TOKEN = np.dtype("<u2")
+
+
+class DatasetError(ValueError):
+    """A dataset that cannot be trained on; the message says why."""
+
+
+def token_file(source: Path) -> Path:
+    """The token file of a `.txt` or `.jsonl` file, made beside it on first use. Memory does not depend on its size.
+
+    Complete or absent, also when the machine stops meanwhile. Raises DatasetError, naming the line, for broken input.
+    """
+    target = source.with_name("tokens-bytes.bin")
+    if target.exists():
+        return target
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            for document in _documents(source):
+                for block in document:
+                    file.write(np.frombuffer(block, np.uint8).astype(_TOKEN).tobytes())
+                file.write(DOCUMENT_BORDER.to_bytes(_TOKEN.itemsize, "little"))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def _documents(source: Path) -> Iterator[Iterator[bytes]]:
+    """Each document as blocks of UTF-8."""
+    with source.open("rb") as file:
+        if source.suffix == ".txt":
+            yield _file_blocks(file)
+            return
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield iter([_text_of(line, number)])
+
+
+def _file_blocks(file: BinaryIO) -> Iterator[bytes]:
+    while block := file.read(_BLOCK_BYTES):
+        yield block
+
+
+def _text_of(line: bytes, number: int) -> bytes:
+    try:
+        text: Any = json.loads(line)["text"]
+        return text.encode()  # type: ignore[no-any-return]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DatasetError(f'line {number}: expected {{"text": "..."}}') from error
+
+
+class Windows:
+    """Sequences of T + 1 tokens from a token file, in an order that depends on the seed alone.
+
+    Every epoch visits each of its W windows once, in a new order and from a new offset. Where a run stands is a
+    function of the step, so resuming needs no state and takes no time.
+    """
+
+    def __init__(self, path: Path, sequence_length: int, seed: int) -> None:
+        self._tokens: npt.NDArray[np.uint16] = np.memmap(path, _TOKEN, mode="r")
+        self._length = sequence_length
+        self._seed = seed
+        self.per_epoch = (len(self._tokens) - 1) // sequence_length
+        """W."""
+        if self.per_epoch < 1:
+            raise DatasetError(
+                f"the dataset has {len(self._tokens)} tokens; a sequence of {sequence_length} needs one more than that"
+            )
+
+    def batch(self, step: int, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Tokens and targets of optimiser step `step` (from 0), each (B, T) int32."""
+        first = step * batch_size
+        return self._stack([self._shuffled_start(first + row) for row in range(batch_size)])
+
+    def validation(self, first: int, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Windows `first` to `first + batch_size` in the order of the file, each (B, T) int32."""
+        return self._stack([(first + row) * self._length for row in range(batch_size)])
+
+    def _stack(self, starts: list[int]) -> tuple[Tensor, Tensor]:
+        rows = np.stack([self._tokens[start : start + self._length + 1] for start in starts])
+        batch = torch.from_numpy(rows.astype(np.int32))
+        return batch[:, :-1], batch[:, 1:]
+
+    def _shuffled_start(self, index: int) -> int:
+        epoch, position = divmod(index, self.per_epoch)
+        key = hashlib.blake2b(f"{self._seed}/{epoch}".encode(), digest_size=16).digest()
+        slack = len(self._tokens) - 1 - self.per_epoch * self._length
+        offset = int.from_bytes(key, "little") % (slack + 1)
+        return offset + permute(position, self.per_epoch, key) * self._length
+
+
+def permute(index: int, size: int, key: bytes) -> int:
+    """Element `index` of a pseudo-random permutation of range(size), without holding the permutation.
+
+    Four Feistel rounds on the smallest even number of bits that hold `size`, walking the cycle until the value is in
+    range (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002).
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for round_number in range(4):
+            message = round_number.to_bytes(1, "little") + right.to_bytes(8, "little")
+            mixed = int.from_bytes(hashlib.blake2b(message, key=key, digest_size=8).digest(), "little")
+            left, right = right, left ^ (mixed & mask)
+        index = (left << half) | right
+        if index < size:
+            return index

@@ -1,0 +1,1 @@
+"""Kinds of attention, one file each. A layer sees one chunk and its state, never the sequence."""

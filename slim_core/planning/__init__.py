@@ -1,0 +1,26 @@
+"""The planner: from a memory cap to a schedule. Pure Python, so that the API can answer without torch."""
+
+from slim_core.planning.choose import default_calibration, plan_job
+from slim_core.planning.plan import (
+    Calibration,
+    Chunking,
+    FrontierPoint,
+    MemoryBreakdown,
+    MemoryCapInfeasibleError,
+    Plan,
+    StatePolicy,
+    Workload,
+)
+
+__all__ = [
+    "Calibration",
+    "Chunking",
+    "FrontierPoint",
+    "MemoryBreakdown",
+    "MemoryCapInfeasibleError",
+    "Plan",
+    "StatePolicy",
+    "Workload",
+    "default_calibration",
+    "plan_job",
+]

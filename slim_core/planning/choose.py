@@ -1,0 +1,226 @@
+"""The choice of a plan: the fastest schedule whose predicted peak fits under the cap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from slim_core.planning.memory_model import Schedule, predict_peak
+from slim_core.planning.plan import (
+    Calibration,
+    Chunking,
+    FrontierPoint,
+    MemoryBreakdown,
+    MemoryCapInfeasibleError,
+    Plan,
+    StatePolicy,
+    Workload,
+)
+from slim_core.planning.time_model import step_seconds
+
+SHORTEST_CHUNK = 16
+"""The planner's shortest. Shorter ones cost time and save nothing: by then the states outweigh the activations."""
+LONGEST_SEQUENCE = 1 << 31
+"""Where the search for the longest sequence ends."""
+_SIMILAR = 1.02
+"""Plans within 2 % of the fastest count as equally fast: of those the one that needs least memory wins."""
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A schedule and what it would cost."""
+
+    schedule: Schedule
+    breakdown: MemoryBreakdown
+    step_seconds: float
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.breakdown.total
+
+
+def default_calibration() -> Calibration:
+    """Cautious numbers for a machine that no worker has measured: more memory and less speed than most have."""
+    return Calibration(
+        source="default",
+        device="cpu",
+        threads=1,
+        runtime_bytes=320 * _MIB,
+        flops_per_second=2e10,
+        overhead_seconds=2e-3,
+    )
+
+
+def plan_job(
+    workload: Workload,
+    memory_cap_bytes: int,
+    calibration: Calibration,
+    chunking: Chunking | None = None,
+    max_chunk_length: int | None = None,
+) -> Plan:
+    """The fastest plan under the cap.
+
+    Args:
+        chunking: the user's own chunk length and policy; the planner then chooses the micro-batch only.
+        max_chunk_length: no chunk longer than this; for another attempt after one that needed more than predicted.
+
+    Raises:
+        MemoryCapInfeasibleError: nothing fits; carries the smallest cap and the longest sequence that would.
+        ValueError: `chunking` is not possible for this sequence.
+    """
+    if chunking is not None and not 1 <= chunking.chunk_length <= workload.sequence_length:
+        raise ValueError(f"chunk_length: must be between 1 and sequence_length ({workload.sequence_length})")
+    candidates = [
+        _candidate(workload, schedule, calibration) for schedule in schedules(workload, chunking, max_chunk_length)
+    ]
+    smallest = min(candidates, key=lambda c: (c.peak_bytes, c.step_seconds))
+    fitting = [c for c in candidates if c.peak_bytes <= memory_cap_bytes]
+    if not fitting:
+        raise _infeasible(workload, memory_cap_bytes, calibration, chunking, smallest)
+    fastest = min(c.step_seconds for c in fitting)
+    chosen = min(
+        (c for c in fitting if c.step_seconds <= fastest * _SIMILAR), key=lambda c: (c.peak_bytes, c.step_seconds)
+    )
+    unchunked = _candidate(workload, Schedule(workload.sequence_length, "keep", workload.batch_size), calibration)
+    schedule = chosen.schedule
+    return Plan(
+        chunk_length=schedule.chunk_length,
+        num_chunks=math.ceil(workload.sequence_length / schedule.chunk_length),
+        state_policy=schedule.state_policy,
+        micro_batch_size=schedule.micro_batch_size,
+        accumulation_steps=math.ceil(workload.batch_size / schedule.micro_batch_size),
+        predicted_peak_bytes=chosen.peak_bytes,
+        breakdown=chosen.breakdown,
+        predicted_step_seconds=chosen.step_seconds,
+        predicted_total_seconds=chosen.step_seconds * workload.steps,
+        unchunked_peak_bytes=unchunked.peak_bytes,
+        minimum_cap_bytes=smallest.peak_bytes,
+        reason=_reason(chosen, unchunked, fitting, candidates, memory_cap_bytes, chunking),
+        calibration_source=calibration.source,
+        frontier=tuple(_frontier(candidates)),
+    )
+
+
+def schedules(workload: Workload, chunking: Chunking | None, max_chunk_length: int | None) -> Iterator[Schedule]:
+    """What the planner considers: chunk lengths 2^i and 3 * 2^i and the whole sequence, halved batches, both
+    policies."""
+    longest = min(workload.sequence_length, max_chunk_length or workload.sequence_length)
+    if chunking is None:
+        lengths = {longest}
+        for exponent in range(longest.bit_length()):
+            lengths |= {n for n in (1 << exponent, 3 << exponent) if SHORTEST_CHUNK <= n <= longest}
+    else:
+        lengths = {min(longest, chunking.chunk_length)}
+    batch_sizes = {max(1, workload.batch_size >> shift) for shift in range(workload.batch_size.bit_length())}
+    for chunk_length in sorted(lengths):
+        policies: tuple[StatePolicy, ...] = ("keep", "reverse")
+        if chunk_length == workload.sequence_length:
+            policies = ("keep",)  # one chunk: there is nothing to keep or to reverse
+        elif chunking is not None:
+            policies = (chunking.state_policy,)
+        for batch_size in sorted(batch_sizes):
+            for policy in policies:
+                yield Schedule(chunk_length, policy, batch_size)
+
+
+def _candidate(workload: Workload, schedule: Schedule, calibration: Calibration) -> Candidate:
+    breakdown = predict_peak(workload, schedule, calibration)
+    return Candidate(schedule, breakdown, step_seconds(workload, schedule, calibration))
+
+
+def _frontier(candidates: list[Candidate]) -> Iterator[FrontierPoint]:
+    """The candidates that no other beats in memory and time at once, from the smallest to the fastest."""
+    fastest = math.inf
+    for candidate in sorted(candidates, key=lambda c: (c.peak_bytes, c.step_seconds)):
+        if candidate.step_seconds < fastest:
+            fastest = candidate.step_seconds
+            yield FrontierPoint(
+                chunk_length=candidate.schedule.chunk_length,
+                state_policy=candidate.schedule.state_policy,
+                micro_batch_size=candidate.schedule.micro_batch_size,
+                predicted_peak_bytes=candidate.peak_bytes,
+                predicted_step_seconds=candidate.step_seconds,
+            )
+
+
+def _reason(
+    chosen: Candidate,
+    unchunked: Candidate,
+    fitting: list[Candidate],
+    candidates: list[Candidate],
+    cap: int,
+    chunking: Chunking | None,
+) -> str:
+    ratio = chosen.step_seconds / unchunked.step_seconds
+    sentences = [
+        f"The unchunked step would need {_size(unchunked.peak_bytes)}, this plan needs {_size(chosen.peak_bytes)}.",
+        f"It is predicted to take {ratio:.2f} x the unchunked time.",
+    ]
+    if chunking is not None:
+        sentences.append("The chunk length and state policy are the ones asked for.")
+    else:
+        sentences.append(f"It is the fastest of {len(fitting)} schedules that fit ({len(candidates)} considered).")
+    faster = [c for c in candidates if c.peak_bytes > cap and c.step_seconds * _SIMILAR < chosen.step_seconds]
+    if faster:
+        next_one = min(faster, key=lambda c: c.peak_bytes)
+        sentences.append(
+            f"The next faster one, of chunks of {next_one.schedule.chunk_length}, needs {_size(next_one.peak_bytes)}."
+        )
+    return " ".join(sentences)
+
+
+def _infeasible(
+    workload: Workload, cap: int, calibration: Calibration, chunking: Chunking | None, smallest: Candidate
+) -> MemoryCapInfeasibleError:
+    longest = _longest_sequence(workload, cap, calibration, chunking)
+    fixed = smallest.breakdown
+    suggestions = [f"raise memory_cap to {smallest.peak_bytes} bytes ({_size(smallest.peak_bytes)}) or more"]
+    if longest:
+        suggestions.append(f"shorten sequence_length to {longest} or less")
+    if chunking is not None:
+        automatic = min(
+            _candidate(workload, schedule, calibration).peak_bytes for schedule in schedules(workload, None, None)
+        )
+        if automatic <= cap:
+            suggestions.append('set chunking to "auto": the planner has schedules that fit')
+    model_bytes = fixed.parameters + fixed.gradients + fixed.optimizer
+    if fixed.runtime + model_bytes > cap and fixed.runtime < cap:
+        suggestions.append(
+            f"use a smaller model: weights, gradients and optimiser of this one need {_size(model_bytes)} beside "
+            f"{_size(fixed.runtime)} of the runtime, whatever the sequence length"
+        )
+    if fixed.runtime >= cap:
+        suggestions.append(f"no model fits: the runtime alone holds {_size(fixed.runtime)}")
+    return MemoryCapInfeasibleError(
+        f"No schedule fits {_size(cap)}: the smallest needs {_size(smallest.peak_bytes)}.",
+        memory_cap_bytes=cap,
+        minimum_cap_bytes=smallest.peak_bytes,
+        max_sequence_length=longest,
+        suggestions=tuple(suggestions),
+    )
+
+
+def _longest_sequence(workload: Workload, cap: int, calibration: Calibration, chunking: Chunking | None) -> int:
+    """The longest sequence with a plan under the cap, other things equal; 0 if there is none."""
+
+    def fits(length: int) -> bool:
+        shorter = replace(workload, sequence_length=length)
+        own = None if chunking is None else replace(chunking, chunk_length=min(chunking.chunk_length, length))
+        return any(
+            predict_peak(shorter, schedule, calibration).total <= cap for schedule in schedules(shorter, own, None)
+        )
+
+    low, high = 0, LONGEST_SEQUENCE
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _size(number_of_bytes: int) -> str:
+    if number_of_bytes >= 1 << 30:
+        return f"{number_of_bytes / (1 << 30):.2f} GiB"
+    return f"{number_of_bytes / _MIB:.0f} MiB"

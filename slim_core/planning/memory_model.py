@@ -1,0 +1,157 @@
+"""How much memory a plan needs: one named term per place that holds it, derived from what the code saves for backward.
+
+Whoever changes a layer in `slim_core.layers` or `slim_core.model` changes its term here. Terms count numbers per position
+of a chunk (micro-batch b, chunk length C: b * C positions). What the process holds beyond its live tensors is the heap's
+waste, for the allocator settings that the trainer is started with (`worker.environment`, docs/decisions).
+
+Symbols: S layers, D model width, H heads, K head width, M features per head, F MLP width, V vocabulary, L = 64 block.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from slim_core.config import ModelConfig
+from slim_core.planning.plan import Calibration, MemoryBreakdown, StatePolicy, Workload
+
+FLOAT = 4
+DOUBLE = 8
+BLOCK = 64
+"""Of `slim_core.layers.performer`."""
+
+_MIB = 2**20
+_MAPPING_THRESHOLD = 4 * _MIB
+"""Tensors from this size on are mapped one by one and waste nothing (`worker.environment`)."""
+_HEAP_WASTE = 0.95
+"""Holes in the heap, as a share of the live bytes of chunk-sized tensors below the threshold: the largest seen, measured."""
+_SAFETY_FRACTION = 0.06
+"""Of everything but the runtime and the waste: weight-sized buffers of the libraries, mapped tensors' page rounding."""
+_SAFETY_BYTES = 12 * _MIB
+"""First-use buffers of the libraries that a larger model than the warm-up's touches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """The knobs of a plan."""
+
+    chunk_length: int
+    state_policy: StatePolicy
+    micro_batch_size: int
+
+
+def predict_peak(workload: Workload, schedule: Schedule, calibration: Calibration) -> MemoryBreakdown:
+    """Bytes of the trainer process at its peak: during backward of the widest chunk, in its last layer or its head."""
+    model = workload.model
+    chunk_length = min(schedule.chunk_length, workload.sequence_length)
+    num_chunks = math.ceil(workload.sequence_length / chunk_length)
+    batch = schedule.micro_batch_size
+    positions = batch * chunk_length
+
+    saved = saved_sites(model)
+    activations = _bytes(saved, positions)
+    logits_sites = [(3, model.vocab_size)]  # log-probabilities and two gradients
+    backward = max(backward_sites(model), key=lambda sites: _bytes(sites, positions))
+    at_head = _bytes(logits_sites, positions)
+    in_layer = _bytes(backward, positions) + largest_weight_gradient(model)
+    transient = logits_sites if at_head > in_layer else backward
+    heap_bytes = _heap_bytes([*saved, *transient], positions)
+
+    weights = FLOAT * model.num_parameters
+    parameters = weights + FLOAT * _projection_size(model)
+    states = state_bytes(model, schedule.state_policy, num_chunks, batch)
+    workspace = max(0, in_layer - at_head) + _token_bytes(workload, batch)
+    live = parameters + 3 * weights + states + activations + at_head + workspace
+    return MemoryBreakdown(
+        runtime=calibration.runtime_bytes,
+        parameters=parameters,
+        gradients=weights,
+        optimizer=2 * weights,
+        states=states,
+        activations=activations,
+        logits=at_head,
+        workspace=workspace,
+        safety=int(_HEAP_WASTE * heap_bytes + _SAFETY_FRACTION * live) + _SAFETY_BYTES,
+    )
+
+
+Site = tuple[int, int]
+"""Tensors of one width: how many, and numbers per position of each."""
+
+
+def saved_sites(model: ModelConfig) -> list[Site]:
+    """What the graph of one chunk holds between forward and backward."""
+    d, h, f = model.model_width, model.num_heads, model.mlp_width
+    features = h * model.features_per_head
+    layer = [
+        (4, d),  # input, its norm, the sum after attention, its norm (post-norm: input, both sums, the norm between)
+        (4, 1),  # mean and scale of two norms
+        (2, features),  # g(q), g(k)
+        (2, d + h),  # [v, 1]; attention's output and normaliser
+        (2, f),  # before and after the MLP's activation function
+        *_saved_by_feature_map(model),
+    ]
+    if model.output_projection:
+        layer.append((1, d))  # attention's output rearranged, input of the projection
+    head = [(2, d), (2, 1)] if model.norm == "pre" else [(1, d)]  # inputs of the final norm and of the head
+    token_ids = [(4, 1)]  # tokens and targets, 64 bits each
+    return [(count * model.num_layers, width) for count, width in layer] + head + token_ids
+
+
+def _saved_by_feature_map(model: ModelConfig) -> list[Site]:
+    """For queries and for keys."""
+    match model.feature_map:
+        case "squared" | "relu" | "elu1":
+            return [(2, model.model_width)]  # its input, or relu's result
+        case "favor":
+            return [(2, model.model_width), (2, model.num_heads * (model.features_per_head + 1))]  # scaled input, exp
+
+
+def backward_sites(model: ModelConfig) -> tuple[list[Site], list[Site]]:
+    """What backward holds beside the saved tensors in the last layer, at the MLP and at attention."""
+    d, h, f, m = model.model_width, model.num_heads, model.mlp_width, model.features_per_head
+    mlp = [(2, d), (1, f)]  # gradients: residual stream; MLP's inner layer twice, when one saved copy is gone
+    block_states = h * m * (model.head_width + 1) // BLOCK
+    attention = [
+        (3, d),  # gradients of the residual stream, of attention's output and its rearrangement
+        (1, d + h),  # of numerator and normaliser
+        (3, h * m),  # of g(q) and g(k), and one product on its way into them
+        (2, max(h * BLOCK, block_states)),  # scores of the blocks; states of the blocks and their gradients
+        (-2, f),  # the MLP's saved tensors are gone when attention's turn comes
+        (-1, d),
+    ]
+    return mlp, attention
+
+
+def _bytes(sites: list[Site], positions: int) -> int:
+    return FLOAT * positions * sum(count * width for count, width in sites)
+
+
+def _heap_bytes(sites: list[Site], positions: int) -> int:
+    """Bytes of those that lie in the heap."""
+    small = [(count, width) for count, width in sites if FLOAT * positions * width < _MAPPING_THRESHOLD]
+    return max(0, _bytes(small, positions))
+
+
+def largest_weight_gradient(model: ModelConfig) -> int:
+    """Bytes of the largest parameter: its new gradient stands beside the accumulated one for a moment."""
+    return FLOAT * model.model_width * max(model.mlp_width, 2 * model.model_width, model.vocab_size)
+
+
+def state_bytes(model: ModelConfig, policy: StatePolicy, num_chunks: int, batch: int) -> int:
+    """Attention states between chunks: entry and exit with their gradients, and what the policy keeps."""
+    state = model.num_layers * batch * model.state_size
+    between = 5 * DOUBLE * state
+    if num_chunks == 1:
+        return between
+    return between + (FLOAT * state * (num_chunks - 1) if policy == "keep" else 0)
+
+
+def _token_bytes(workload: Workload, batch: int) -> int:
+    """The micro-batch's token ids: the only thing that grows with the sequence."""
+    return batch * (workload.sequence_length + 1) * FLOAT
+
+
+def _projection_size(model: ModelConfig) -> int:
+    """Numbers of the FAVOR+ projections."""
+    return model.num_layers * model.features_per_head * model.head_width if model.feature_map == "favor" else 0

@@ -1,0 +1,137 @@
+"""What the planner is asked and what it answers. Pure data, free of torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from slim_core.config import ModelConfig, _Json
+
+StatePolicy = Literal["keep", "reverse"]
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration(_Json):
+    """What one machine can do, measured once per worker start (`slim_core.calibrate`)."""
+
+    source: str
+    """Where the numbers come from: `measured ...` or `default` (no worker has reported yet)."""
+    device: str
+    """`cpu` or `cuda`."""
+    threads: int
+    """Threads that the trainer computes with."""
+    runtime_bytes: int
+    """Private memory of a trainer that has imported everything and run a warm-up step on a minimal model."""
+    flops_per_second: float
+    """Sustained rate of large float32 matrix products."""
+    overhead_seconds: float
+    """Time of one layer on one chunk that does not depend on the chunk's length, forward and backward."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload(_Json):
+    """The part of a job that memory and time depend on."""
+
+    model: ModelConfig
+    sequence_length: int
+    """T."""
+    batch_size: int
+    """Sequences per optimiser step, before any split into micro-batches."""
+    steps: int
+    evaluates: bool = False
+    """Whether validation runs between steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunking(_Json):
+    """A user's own choice in place of the planner's."""
+
+    chunk_length: int
+    state_policy: StatePolicy = "keep"
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBreakdown(_Json):
+    """Bytes of the trainer process at its peak, by cause; they add up to the predicted peak."""
+
+    runtime: int
+    parameters: int
+    gradients: int
+    optimizer: int
+    states: int
+    activations: int
+    logits: int
+    workspace: int
+    safety: int
+
+    @property
+    def total(self) -> int:
+        return (
+            self.runtime
+            + self.parameters
+            + self.gradients
+            + self.optimizer
+            + self.states
+            + self.activations
+            + self.logits
+            + self.workspace
+            + self.safety
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FrontierPoint(_Json):
+    """One plan that no other beats in both memory and time."""
+
+    chunk_length: int
+    state_policy: StatePolicy
+    micro_batch_size: int
+    predicted_peak_bytes: int
+    predicted_step_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan(_Json):
+    """How a job will run, and what else would have been possible."""
+
+    chunk_length: int
+    """C, tokens."""
+    num_chunks: int
+    """N = ceil(T / C)."""
+    state_policy: StatePolicy
+    micro_batch_size: int
+    accumulation_steps: int
+    predicted_peak_bytes: int
+    breakdown: MemoryBreakdown
+    predicted_step_seconds: float
+    predicted_total_seconds: float
+    unchunked_peak_bytes: int
+    """Predicted peak of the ordinary step: the whole batch at once, C = T."""
+    minimum_cap_bytes: int
+    """The smallest cap for which this workload has a plan."""
+    reason: str
+    """In words, why this plan won."""
+    calibration_source: str
+    frontier: tuple[FrontierPoint, ...]
+
+
+class MemoryCapInfeasibleError(ValueError):
+    """No plan fits under the cap. Carries what a client can act on."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        memory_cap_bytes: int,
+        minimum_cap_bytes: int,
+        max_sequence_length: int,
+        suggestions: tuple[str, ...],
+    ) -> None:
+        super().__init__(message)
+        self.memory_cap_bytes = memory_cap_bytes
+        self.minimum_cap_bytes = minimum_cap_bytes
+        """The smallest cap for which this workload has a plan."""
+        self.max_sequence_length = max_sequence_length
+        """The longest sequence that this cap can train, other things equal; 0 if none."""
+        self.suggestions = suggestions
+        """Changes that would make it fit, in words, with numbers."""

@@ -1,0 +1,240 @@
+"""The training loop: a generator of what happened, one report at a time. Knows no job and no pipe."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slim_core.config import TrainConfig
+from slim_core.data.dataset import Windows
+from slim_core.memory import MemoryMeter
+from slim_core.model import Performer
+from slim_core.optim import learning_rate, make_optimizer
+from slim_core.planning.plan import Plan
+from slim_core.step import count_targets, evaluate_loss, slim_step
+from slim_core.weights.checkpoint import CheckpointFile, checkpoint_name, load_training, save_checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """One optimiser step."""
+
+    step: int
+    """Counted from 1."""
+    loss: float
+    """Mean training loss, nats per token."""
+    learning_rate: float
+    grad_norm: float
+    """Global norm of the gradient before clipping."""
+    step_seconds: float
+    tokens: int
+    """Trained on so far, repetitions included."""
+    peak_bytes: int
+    """Of the process, so far in this attempt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A validation loss."""
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint folder that is complete and on disk."""
+
+    step: int
+    name: str
+    files: list[CheckpointFile]
+    validation_loss: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The last report. `reason`: completed, early_stopping, or stopped on request."""
+
+    step: int
+    reason: str
+
+
+Report = StepMetrics | Evaluation | Checkpoint | Done
+
+
+class DivergedError(ArithmeticError):
+    """The loss or the gradient is not a finite number any more. The weights are those before the step."""
+
+    def __init__(self, step: int, what: str) -> None:
+        super().__init__(f"{what} of step {step} is not finite")
+        self.step = step
+
+
+class _StopRequestedError(Exception):
+    """Raised between two chunks, so that a long step does not delay a stop."""
+
+
+@dataclass(slots=True)
+class _Progress:
+    """What a checkpoint holds beside weights and moments. Data order and learning rate follow from `step`."""
+
+    step: int = 0
+    best_validation_loss: float | None = None
+    evaluations_without_improvement: int = 0
+
+
+class TrainingRun:
+    """A model in training under a plan. Iterate over `reports()` once."""
+
+    def __init__(
+        self,
+        model: Performer,
+        config: TrainConfig,
+        plan: Plan,
+        data: Windows,
+        validation: Windows | None,
+        checkpoints_dir: Path,
+        meter: MemoryMeter,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._model = model
+        self._config = config
+        self._plan = plan
+        self._data = data
+        self._validation = validation
+        self._checkpoints_dir = checkpoints_dir
+        self._meter = meter
+        self._stop_requested = stop_requested
+        self._optimizer = make_optimizer(model, config.optimizer)
+        self._progress = _Progress()
+        self._saved_step: int | None = None
+        self._validation_loss: float | None = None
+        """Of the weights as they are now; None when not evaluated."""
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps done."""
+        return self._progress.step
+
+    def resume(self, folder: Path) -> None:
+        """Continue from a checkpoint, bit for bit under the same plan, thread count and torch version."""
+        training: dict[str, Any] = load_training(self._model, self._optimizer, folder)
+        self._progress = _Progress(**training)
+        self._saved_step = self._progress.step
+
+    def reports(self) -> Iterator[Report]:
+        """Train to the end and say what happens. Raises DivergedError, and what the allocator raises at the cap."""
+        config = self._config
+        reason = "completed"
+        while self._progress.step < config.steps and not self._patience_is_over():
+            try:
+                yield self._train_step()
+            except _StopRequestedError:
+                reason = "stopped"
+                break
+            step = self._progress.step
+            last = step == config.steps
+            improved = False
+            if self._validation is not None and (last or _due(step, config.evaluate_every)):
+                evaluation, improved = self._evaluate(self._validation)
+                yield evaluation
+            if improved or _due(step, config.checkpoint_every):
+                yield self._save()
+        if reason == "completed" and self._progress.step < config.steps:
+            reason = "early_stopping"
+        if self._saved_step != self._progress.step:
+            yield self._save()
+        yield Done(self._progress.step, reason)
+
+    def _train_step(self) -> StepMetrics:
+        started = time.perf_counter()
+        step = self._progress.step
+        rate = learning_rate(step, self._config.steps, self._config.optimizer.learning_rate, self._config.schedule)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        try:
+            loss = self._accumulate_gradients(step)
+            grad_norm = self._clip()
+        except BaseException:
+            self._optimizer.zero_grad(set_to_none=False)
+            raise
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise DivergedError(step + 1, "the gradient" if math.isfinite(loss) else "the loss")
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=False)
+        self._progress.step = step + 1
+        self._validation_loss = None
+        return StepMetrics(
+            step=step + 1,
+            loss=loss,
+            learning_rate=rate,
+            grad_norm=grad_norm,
+            step_seconds=time.perf_counter() - started,
+            tokens=(step + 1) * self._config.batch_size * self._config.sequence_length,
+            peak_bytes=self._meter.peak_bytes(),
+        )
+
+    def _accumulate_gradients(self, step: int) -> float:
+        tokens, targets = self._data.batch(step, self._config.batch_size)
+        normaliser = count_targets(targets)
+        micro_batch = self._plan.micro_batch_size
+        return sum(
+            slim_step(
+                self._model,
+                tokens[first : first + micro_batch],
+                targets[first : first + micro_batch],
+                chunk_length=self._plan.chunk_length,
+                state_policy=self._plan.state_policy,
+                normaliser=normaliser,
+                between_chunks=self._stop_between_chunks,
+            )
+            for first in range(0, self._config.batch_size, micro_batch)
+        )
+
+    def _stop_between_chunks(self) -> None:
+        if self._stop_requested():
+            raise _StopRequestedError
+
+    def _clip(self) -> float:
+        limit = math.inf if self._config.gradient_clip is None else self._config.gradient_clip
+        return float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), limit))
+
+    def _evaluate(self, validation: Windows) -> tuple[Evaluation, bool]:
+        """The validation loss, and whether it is the best so far."""
+        count = min(self._config.evaluate_sequences, validation.per_epoch)
+        total, targets_seen = 0.0, 0
+        for index in range(count):
+            tokens, targets = validation.validation(index, batch_size=1)
+            total += evaluate_loss(self._model, tokens, targets, chunk_length=self._plan.chunk_length)
+            targets_seen += count_targets(targets)
+        loss = total / targets_seen
+        self._validation_loss = loss
+        progress, stopping = self._progress, self._config.early_stopping
+        best = progress.best_validation_loss
+        improved = best is None or loss < best
+        enough = best is None or loss < best - (stopping.min_delta if stopping else 0.0)
+        progress.evaluations_without_improvement = 0 if enough else progress.evaluations_without_improvement + 1
+        if improved:
+            progress.best_validation_loss = loss
+        return Evaluation(progress.step, loss), improved
+
+    def _patience_is_over(self) -> bool:
+        stopping = self._config.early_stopping
+        return stopping is not None and self._progress.evaluations_without_improvement >= stopping.patience
+
+    def _save(self) -> Checkpoint:
+        progress = self._progress
+        training = asdict(progress)
+        files = save_checkpoint(self._checkpoints_dir, training.pop("step"), self._model, self._optimizer, training)
+        self._saved_step = progress.step
+        return Checkpoint(progress.step, checkpoint_name(progress.step), files, self._validation_loss)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

@@ -1,0 +1,16 @@
+"""One supervisor in a process of its own: `python run_supervisor.py JOB_ID FAKE_TRAINER_OPTIONS`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from service.settings import load_settings
+from worker.supervisor import supervise
+
+FAKE_TRAINER = Path(__file__).with_name("fake_trainer.py")
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    supervise(sys.argv[1], load_settings(), command=[sys.executable, str(FAKE_TRAINER), sys.argv[2]])

@@ -1,0 +1,79 @@
+"""The migrations themselves: up, down, up, and the same schema as the ORM's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import alembic.command
+import pytest
+import sqlalchemy
+from alembic.config import Config
+from sqlalchemy import Engine, inspect
+
+from service.models import Base
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def config(url: str) -> Config:
+    result = Config(ROOT / "alembic.ini")
+    result.attributes["database_url"] = url
+    return result
+
+
+@pytest.fixture
+def empty(empty_database_url: str) -> Engine:
+    return sqlalchemy.create_engine(empty_database_url, poolclass=sqlalchemy.NullPool)
+
+
+def tables(engine: Engine) -> set[str]:
+    return set(inspect(engine).get_table_names()) - {"alembic_version"}
+
+
+def functions(engine: Engine) -> list[str]:
+    with engine.connect() as connection:
+        query = "SELECT proname FROM pg_proc WHERE pronamespace = 'public'::regnamespace"
+        return list(connection.scalars(sqlalchemy.text(query)))
+
+
+def test_up_down_up(empty: Engine, empty_database_url: str) -> None:
+    alembic.command.upgrade(config(empty_database_url), "head")
+    assert tables(empty) == set(Base.metadata.tables)
+    assert functions(empty) == ["jobs_refuse_leaving_terminal"]
+    alembic.command.downgrade(config(empty_database_url), "base")
+    assert tables(empty) == set()
+    assert functions(empty) == []
+    alembic.command.upgrade(config(empty_database_url), "head")
+    assert tables(empty) == set(Base.metadata.tables)
+
+
+def test_the_migrated_schema_is_the_orms(database_url: str) -> None:
+    alembic.command.check(config(database_url))
+
+
+def test_the_check_constraints_are_the_orms(database_url: str, empty: Engine) -> None:
+    Base.metadata.create_all(empty)
+    migrated = sqlalchemy.create_engine(database_url, poolclass=sqlalchemy.NullPool)
+    for name in Base.metadata.tables:
+        expected = {check["name"]: check["sqltext"] for check in inspect(empty).get_check_constraints(name)}
+        assert {check["name"]: check["sqltext"] for check in inspect(migrated).get_check_constraints(name)} == expected
+    assert expected is not None
+
+
+def test_two_processes_may_migrate_at_once(empty: Engine, empty_database_url: str) -> None:
+    command = "import alembic.command, sys; from alembic.config import Config; c = Config(sys.argv[1]);"
+    command += "c.attributes['database_url'] = sys.argv[2]; alembic.command.upgrade(c, 'head')"
+    run = [command, str(ROOT / "alembic.ini"), empty_database_url]
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda _: _python(run), range(2)))
+    assert results == ["", ""]
+    assert tables(empty) == set(Base.metadata.tables)
+
+
+def _python(arguments: list[str]) -> str:
+    """The last line of stderr if it failed."""
+    done = subprocess.run([sys.executable, "-c", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stderr.splitlines()[-1] if done.returncode else ""

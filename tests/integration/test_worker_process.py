@@ -1,0 +1,140 @@
+"""Real Celery workers on a real broker: messages, shutdown, and kill -9 at every level."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from service import queue
+from slim_core.planning import Calibration
+from tests.integration.fake_trainer import loss_at
+from tests.integration.stage import ROOT, Stage, alive, open_stage, parent_of, wait_for
+from worker.calibrator import CalibrationError, calibrate, measure
+
+LONG = 100_000
+
+
+@pytest.fixture
+def stage(database_url: str, redis_url: str, tmp_path: Path) -> Iterator[Stage]:
+    with open_stage(database_url, redis_url, tmp_path) as stage:
+        yield stage
+
+
+def start_worker(stage: Stage, **options: object) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "celery", "-A", "tests.integration.fake_worker", "worker", "--loglevel=INFO"]
+    command += ["--without-mingle", "--without-gossip"]  # a second of looking for other workers
+    return stage.start("worker", command, FAKE_TRAINER_OPTIONS=json.dumps(options))
+
+
+def wake(stage: Stage, job_id: str) -> None:
+    assert queue.wake(job_id, queue.producer(stage.settings.redis_url))
+
+
+def all_gone(pids: list[int], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while any(alive(pid) for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def test_messages_run_jobs_once_and_an_idle_worker_stops(stage: Stage) -> None:
+    jobs = [stage.create_job(steps=12), stage.create_job(steps=12)]
+    worker = start_worker(stage, crash_at=7, crash_attempts=1)
+    for job_id in jobs:
+        for _ in range(5):
+            wake(stage, job_id)
+    for job_id in jobs:
+        assert stage.end(job_id, "succeeded", seconds=30).attempt == 2
+        assert [start["step"] for start in stage.trace(job_id)] == [0, 5]
+    wait_for("the end of the queue", lambda: stage.waiting_messages() == 0)
+    worker.terminate()
+    assert worker.wait(10) == 0
+    assert [stage.job(job_id).attempt for job_id in jobs] == [2, 2]
+
+
+def test_a_warm_shutdown_ends_at_a_checkpoint_from_which_the_job_goes_on(stage: Stage) -> None:
+    job_id = stage.create_job(steps=500)
+    worker = start_worker(stage, checkpoint_every=10_000)
+    wake(stage, job_id)
+    stage.reach(job_id, 3)
+    worker.terminate()
+    assert worker.wait(10) == 0
+    job = stage.job(job_id)
+    assert (job.status, job.failures) == ("queued", 0)
+    stopped_at = job.step
+    assert [row.step for row in stage.checkpoints(job_id)] == [stopped_at]
+    assert stage.waiting_messages() == 1
+
+    job = stage.run(job_id, checkpoint_every=10_000, step_seconds=0)
+    assert (job.status, job.attempt) == ("succeeded", 2)
+    assert [start["step"] for start in stage.trace(job_id)] == [0, stopped_at]
+    assert [row.loss for row in stage.metrics(job_id)] == [loss_at(step) for step in range(1, 501)]
+
+
+@pytest.mark.parametrize("victim", ["worker", "pool process"])
+def test_kill_9_takes_the_trainer_along_and_loses_no_job(stage: Stage, victim: str) -> None:
+    stage.overrides |= {"SLIMTUNE_LEASE_SECONDS": "3", "SLIMTUNE_SELF_KILL_SECONDS": "2.5"}
+    job_id = stage.create_job(steps=LONG)
+    worker = start_worker(stage)
+    wake(stage, job_id)
+    stage.reach(job_id, 7)
+    trainer = stage.trainer_pid(job_id)
+    supervisor = parent_of(trainer)
+    assert parent_of(supervisor) == worker.pid
+    if victim == "worker":
+        worker.kill()
+        worker.wait()
+        assert all_gone([supervisor, trainer], 2)
+        start_worker(stage)
+    else:
+        os.kill(supervisor, signal.SIGKILL)
+        assert all_gone([supervisor, trainer], 2)
+
+    stage.start("sweeper", [sys.executable, "-m", "worker.sweeper"])
+    resumed = wait_for("the second attempt", lambda: stage.trace(job_id)[1:], 30)
+    assert resumed[0]["step"] >= 5
+    assert resumed[0]["attempt"] == 2
+    stage.request(job_id, "cancel")
+    stage.end(job_id, "cancelled")
+    assert len(stage.trace(job_id)) == 2
+
+
+def test_the_celery_process_is_free_of_torch(stage: Stage) -> None:
+    program = "import sys, worker.app, worker.tasks, worker.sweeper; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], env=stage.environment, cwd=ROOT, check=False).returncode == 0
+
+
+CALIBRATION = Calibration(
+    source="measured by a test",
+    device="cpu",
+    threads=1,
+    runtime_bytes=200_000_000,
+    flops_per_second=5e10,
+    overhead_seconds=1e-4,
+)
+
+
+def test_a_calibration_is_measured_and_stored(stage: Stage) -> None:
+    program = f"import json; print('noise'); print(json.dumps({CALIBRATION.to_json()!r}))"
+    assert calibrate(stage.bind, stage.settings, "w", [sys.executable, "-c", program]) == CALIBRATION
+    assert stage.calibration() == CALIBRATION.to_json()
+
+
+def test_a_calibration_that_fails_is_no_obstacle(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    command = [sys.executable, "-c", "raise SystemExit('no such device')"]
+    assert calibrate(stage.bind, stage.settings, "w", command) is None
+    assert "no such device" in caplog.text
+    assert stage.calibration() is None
+    for program in ("print('not json')", "print('{}')", "", "print('[1]')"):
+        with pytest.raises(CalibrationError):
+            measure(1, [sys.executable, "-c", program])

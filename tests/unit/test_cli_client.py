@@ -1,0 +1,159 @@
+"""The client against a real HTTP server that says what the test wants."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from cli.client import Client, DamagedDownloadError, FileRecord, ServiceError
+
+WEIGHTS = b"weights" * 100_000
+
+
+@dataclass
+class Script:
+    """What the server answers by path (with query), and what it was asked."""
+
+    url: str = ""
+    answers: dict[str, tuple[int, str, bytes]] = field(default_factory=dict)
+    requests: list[tuple[str, bytes]] = field(default_factory=list)
+    truncate: bool = False
+
+    def json(self, path: str, body: object, status: int = 200, content_type: str = "application/json") -> None:
+        self.answers[path] = (status, content_type, json.dumps(body).encode())
+
+
+@pytest.fixture
+def script() -> Iterator[Script]:
+    script = Script()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            length = int(self.headers.get("Content-Length", 0))
+            script.requests.append((f"{self.command} {self.path}", self.rfile.read(length)))
+            status, content_type, body = script.answers[self.path]
+            self.send_response(status)
+            self.send_header("Content-Type", content_type)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[: len(body) // 2] if script.truncate else body)
+            self.close_connection = script.truncate
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        script.url = f"http://127.0.0.1:{server.server_address[1]}"
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield script
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def client(script: Script) -> Iterator[Client]:
+    with Client(script.url, timeout_seconds=5) as client:
+        yield client
+
+
+def record(content: bytes = WEIGHTS) -> FileRecord:
+    return {"name": "model.safetensors", "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def serve_weights(script: Script, content: bytes) -> None:
+    path = "/jobs/job_1/checkpoints/40/files/model.safetensors"
+    script.answers[path] = (200, "application/octet-stream", content)
+
+
+def test_a_download_appears_once_it_is_verified(client: Client, script: Script, tmp_path: Path) -> None:
+    serve_weights(script, WEIGHTS)
+    path = client.download("job_1", 40, record(), tmp_path)
+    assert path.read_bytes() == WEIGHTS
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("damaged", [b"x" + WEIGHTS[1:], WEIGHTS[:-1], WEIGHTS + b"x", b""])
+def test_a_damaged_download_is_refused_and_not_kept(
+    client: Client, script: Script, tmp_path: Path, damaged: bytes
+) -> None:
+    serve_weights(script, damaged)
+    with pytest.raises(DamagedDownloadError, match=r"model\.safetensors: \d+ bytes"):
+        client.download("job_1", 40, record(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_download_that_breaks_off_is_not_kept(client: Client, script: Script, tmp_path: Path) -> None:
+    serve_weights(script, WEIGHTS)
+    script.truncate = True
+    with pytest.raises(ServiceError, match="broke off"):
+        client.download("job_1", 40, record(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_name_of_the_server_cannot_leave_the_folder(client: Client, script: Script, tmp_path: Path) -> None:
+    script.answers["/jobs/job_1/checkpoints/40/files/../../evil"] = (200, "application/octet-stream", WEIGHTS)
+    script.answers["/jobs/job_1/checkpoints/evil"] = (200, "application/octet-stream", WEIGHTS)
+    folder = tmp_path / "inner"
+    folder.mkdir()
+    client.download("job_1", 40, {**record(), "name": "../../evil"}, folder)
+    assert [path.name for path in tmp_path.rglob("evil")] == ["evil"]
+    assert (folder / "evil").exists()
+
+
+def test_a_problem_becomes_an_error_with_its_fields(client: Client, script: Script) -> None:
+    problem = {"code": "memory_cap_infeasible", "detail": "needs 300 MiB", "minimum_cap_bytes": 314_572_800}
+    script.json("/jobs", problem, 422, "application/problem+json")
+    with pytest.raises(ServiceError, match=r"POST /jobs: needs 300 MiB \(memory_cap_infeasible\)") as refusal:
+        client.create_job({})
+    assert (refusal.value.status, refusal.value.code) == (422, "memory_cap_infeasible")
+    assert refusal.value.problem["minimum_cap_bytes"] == 314_572_800
+
+
+def test_an_error_that_the_service_did_not_make(client: Client, script: Script) -> None:
+    script.answers["/jobs/job_1"] = (502, "text/html", b"<html>Bad gateway")
+    with pytest.raises(ServiceError, match="GET /jobs/job_1: HTTP 502") as error:
+        client.job("job_1")
+    assert error.value.code == "unknown"
+
+
+def test_no_service(script: Script) -> None:
+    with Client("http://127.0.0.1:9", timeout_seconds=1) as client:  # the discard port: nobody listens
+        assert client.missing() == ["api"]
+        with pytest.raises(ServiceError, match=r"no answer from http://127\.0\.0\.1:9") as error:
+            client.job("job_1")
+    assert error.value.status == 0
+
+
+def test_what_is_missing_for_a_job_to_run(client: Client, script: Script) -> None:
+    checks = {"database": True, "broker": False, "worker": False}
+    script.json("/readyz", {"status": "unavailable", "checks": checks}, 503)
+    assert client.missing() == ["broker", "worker"]
+    script.json("/readyz", {"status": "ok", "checks": dict.fromkeys(checks, True)})
+    assert client.missing() == []
+
+
+def test_rows_are_read_page_by_page(client: Client, script: Script) -> None:
+    script.json("/jobs/job_1/metrics?after_step=-1&limit=1000", {"data": [{"step": 1}, {"step": 2}], "has_more": True})
+    script.json("/jobs/job_1/metrics?after_step=2&limit=1000", {"data": [{"step": 3}], "has_more": False})
+    assert [row["step"] for row in client.metrics("job_1")] == [1, 2, 3]
+
+
+def test_an_upload_is_multipart_in_the_field_file(client: Client, script: Script, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "hello"}\n')
+    script.json("/datasets", {"id": "ds_1", "bytes": 18, "documents": 1, "tokens": 6}, 201)
+    assert client.upload_dataset(path)["id"] == "ds_1"
+    ((request, body),) = script.requests
+    assert request == "POST /datasets"
+    assert b'name="file"; filename="data.jsonl"' in body
+    assert b'{"text": "hello"}' in body

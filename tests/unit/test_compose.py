@@ -1,0 +1,101 @@
+"""docker-compose.yml and Dockerfile, read as text: what holds without a docker engine."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVICES = {"postgres", "redis", "migrate", "api", "sweeper", "worker", "worker-gpu"}
+WITHOUT_HEALTH_CHECK = {"migrate", "sweeper"}
+"""One ends, the other serves nothing."""
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    document: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    return document
+
+
+@pytest.fixture(scope="module")
+def stages() -> dict[str, str]:
+    """The text of each stage of the Dockerfile by its name."""
+    parts = re.split(r"^FROM \S+ AS (\w+)$", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def test_the_services_are_there_and_say_how_they_are(compose: dict[str, Any]) -> None:
+    services = compose["services"]
+    assert set(services) == SERVICES
+    assert {name for name in services if "healthcheck" not in services[name]} == WITHOUT_HEALTH_CHECK
+
+
+@pytest.mark.parametrize("name", sorted(SERVICES))
+def test_containers_can_do_little(compose: dict[str, Any], name: str) -> None:
+    service = compose["services"][name]
+    assert service["read_only"]
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert "user" in service or "build" in service  # our own images name theirs, see the test of the Dockerfile
+
+
+def test_only_the_api_is_published_and_only_on_loopback(compose: dict[str, Any]) -> None:
+    published = {name: service["ports"] for name, service in compose["services"].items() if "ports" in service}
+    assert published == {"api": ["${SLIMTUNE_PUBLISH:-127.0.0.1:8000}:8000"]}
+    assert compose["networks"]["backend"] == {"internal": True}
+
+
+def test_passwords_have_no_defaults(compose: dict[str, Any]) -> None:
+    text = (ROOT / "docker-compose.yml").read_text()
+    for name in re.findall(r"\$\{(\w*PASSWORD)[^?}]*\}", text):
+        pytest.fail(f"{name} is not required")
+    for service in compose["services"].values():
+        for variable, value in service.get("environment", {}).items():
+            if "PASSWORD" in variable or variable.endswith("_URL") or variable == "REDISCLI_AUTH":
+                assert re.search(r"\$\{\w+_PASSWORD:\?", value), variable
+
+
+def test_nothing_starts_before_the_migration(compose: dict[str, Any]) -> None:
+    for name in ("api", "sweeper", "worker", "worker-gpu"):
+        condition = compose["services"][name]["depends_on"]["migrate"]
+        assert condition == {"condition": "service_completed_successfully"}
+
+
+def test_the_gpu_worker_asks_for_a_gpu_and_only_in_its_profile(compose: dict[str, Any]) -> None:
+    services = compose["services"]
+    assert [name for name in services if "profiles" in services[name]] == ["worker-gpu"]
+    (device,) = services["worker-gpu"]["deploy"]["resources"]["reservations"]["devices"]
+    assert device["capabilities"] == ["gpu"]
+
+
+def test_volumes_are_named_and_declared(compose: dict[str, Any]) -> None:
+    used = {mount.split(":")[0] for service in compose["services"].values() for mount in service.get("volumes", ())}
+    assert used == set(compose["volumes"])
+
+
+def test_images_run_as_a_user_and_only_the_worker_has_torch(compose: dict[str, Any], stages: dict[str, str]) -> None:
+    assert set(stages) == {"api", "worker"}
+    for text in stages.values():
+        assert re.findall(r"^USER (\w+)$", text, flags=re.MULTILINE)[-1] == "slimtune"
+    assert "['dependencies']" in stages["api"]
+    assert "train" not in stages["api"]
+    assert "['train']" in stages["worker"]
+    targets = {name: service["build"]["target"] for name, service in compose["services"].items() if "build" in service}
+    assert targets == {
+        "migrate": "api",
+        "api": "api",
+        "sweeper": "api",
+        "worker": "worker",
+        "worker-gpu": "worker",
+    }
+
+
+def test_what_the_images_need_is_let_into_the_build() -> None:
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    packages = {"api", "service", "slim_core", "worker", "migrations"}
+    assert packages | {"alembic.ini", "pyproject.toml", "requirements.lock"} <= allowed
+    assert not {name for name in allowed if not (ROOT / name).exists()} - {"README.md"}

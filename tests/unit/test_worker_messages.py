@@ -1,0 +1,75 @@
+"""The trainer's messages: what is taken, and that nothing else is."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from worker.environment import trainer_environment
+from worker.messages import Checkpoint, Done, Evaluation, Failure, Metric, ProtocolError, Started, parse
+
+METRIC = {
+    "type": "metric", "step": 3, "loss": 2.5, "learning_rate": 1e-3, "grad_norm": 1, "step_seconds": 0.1, "tokens": 192,
+    "peak_bytes": 1_000,
+}  # fmt: skip
+FILE = {"name": "model.safetensors", "bytes": 4, "sha256": "0" * 64}
+CHECKPOINT = {"type": "checkpoint", "step": 40, "name": "step-00000040", "files": [FILE], "validation_loss": None}
+
+
+def line(message: dict[str, Any], **changes: Any) -> bytes:
+    return json.dumps(message | changes).encode()
+
+
+def test_every_kind_is_read() -> None:
+    assert parse(b'{"type": "started", "step": 0}') == Started(0)
+    assert parse(line(METRIC)) == Metric(3, 2.5, 1e-3, 1.0, 0.1, 192, 1_000)
+    assert parse(b'{"type": "evaluation", "step": 3, "loss": 2}') == Evaluation(3, 2.0)
+    assert parse(line(CHECKPOINT)) == Checkpoint(40, "step-00000040", [FILE], None)
+    assert parse(b'{"type": "done", "step": 9, "reason": "completed"}') == Done(9, "completed")
+    error = b'{"type": "error", "code": "diverged", "message": "m", "step": 2, "hint": null, "peak_bytes": null}'
+    assert parse(error) == Failure("diverged", "m", 2, None, None)
+
+
+def test_a_loss_that_is_not_finite_is_none() -> None:
+    metric = parse(line(METRIC, loss=float("nan"), grad_norm=float("inf")))
+    assert isinstance(metric, Metric)
+    assert (metric.loss, metric.grad_norm) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"not json",
+        b"[]",
+        b"null",
+        b'{"type": "unheard of"}',
+        b'{"type": ["metric"]}',
+        b"\xff\xfe",
+        b"[" * 100_000,
+        line(METRIC, step=-1),
+        line(METRIC, step=2**63),
+        line(METRIC, step=True),
+        line(METRIC, tokens="1"),
+        line(METRIC, step_seconds=None),
+        line(CHECKPOINT, name="../../etc"),
+        line(CHECKPOINT, name="step-00000041"),
+        line(CHECKPOINT, files=[]),
+        line(CHECKPOINT, files=[FILE | {"name": "../model.safetensors"}]),
+        line(CHECKPOINT, files=[FILE | {"name": "/etc/passwd"}]),
+        line(CHECKPOINT, files=[FILE | {"sha256": "short"}]),
+    ],
+)
+def test_anything_else_is_refused(text: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        parse(text)
+
+
+def test_the_environment_is_an_allow_list() -> None:
+    inherited = {"PATH": "/bin", "DATABASE_URL": "secret", "SLIMTUNE_ANYTHING": "secret", "HOME": "/root"}
+    environment = trainer_environment(3, inherited)
+    assert environment["PATH"] == "/bin"
+    assert environment["OMP_NUM_THREADS"] == environment["MKL_NUM_THREADS"] == "3"
+    assert not {"DATABASE_URL", "SLIMTUNE_ANYTHING", "HOME"} & environment.keys()

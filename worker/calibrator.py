@@ -1,0 +1,71 @@
+"""Measure the machine once per worker start, in a child process, and keep what it says for the planner."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from sqlalchemy import Engine
+
+from service import calibrations
+from service.database import transaction
+from service.settings import Settings
+from slim_core.planning import Calibration
+from worker.environment import trainer_environment
+from worker.process import die_with_parent
+from worker.slot import device_slot
+
+CALIBRATE_COMMAND = (sys.executable, "-m", "slim_core.calibrate")
+TIMEOUT_SECONDS = 180.0
+
+logger = logging.getLogger(__name__)
+
+
+class CalibrationError(Exception):
+    """The measuring process failed; the message carries the end of its log."""
+
+
+def measure(threads: int, command: Sequence[str] = CALIBRATE_COMMAND) -> Calibration:
+    """What the machine can do with `threads` threads. Raises CalibrationError."""
+    try:
+        result = subprocess.run(
+            [*command, "--threads", str(threads)],
+            env=trainer_environment(threads),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=True,
+            timeout=TIMEOUT_SECONDS,
+            preexec_fn=die_with_parent(),  # as in TrainerProcess
+        )
+        return Calibration.from_json(json.loads(result.stdout.splitlines()[-1]))
+    except subprocess.CalledProcessError as error:
+        log = error.stderr.decode("utf-8", "replace")[-2000:]
+        raise CalibrationError(f"exit status {error.returncode}: {log}") from error
+    except (subprocess.TimeoutExpired, OSError, ValueError, IndexError, TypeError) as error:
+        raise CalibrationError(f"{type(error).__name__}: {error}") from error
+
+
+def calibrate(
+    bind: Engine, settings: Settings, worker: str, command: Sequence[str] = CALIBRATE_COMMAND
+) -> Calibration | None:
+    """Measure and store; None, with the reason in the log, where that was not possible.
+
+    A worker works without: the planner falls back to the last stored calibration, or to cautious defaults. While a
+    trainer runs on this device nothing is measured: the numbers would be those of half a machine.
+    """
+    try:
+        with device_slot(settings.data_dir, wait_seconds=0) as lock:
+            if lock is None:
+                logger.info("not calibrated: the device is in use")
+                return None
+            calibration = measure(settings.trainer_threads, command)
+        with transaction(bind) as session:
+            calibrations.store(session, calibration.device, worker, calibration.to_json())
+    except Exception:
+        logger.exception("not calibrated")
+        return None
+    logger.info("calibrated: %s", calibration)
+    return calibration

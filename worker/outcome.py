@@ -1,0 +1,152 @@
+"""What the end of a trainer means for its job: one decision, written in one fenced transaction."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from service import calibrations, runs
+from service.models import Job
+from service.runs import ClaimedJob
+from service.status import Desired, JobStatus
+from slim_core.config import ModelConfig, TrainConfig
+from slim_core.planning import (
+    Calibration,
+    MemoryCapInfeasibleError,
+    Plan,
+    Workload,
+    default_calibration,
+    plan_job,
+)
+from worker.messages import Done, Failure
+
+FINAL_CODES = frozenset({"diverged", "dataset_invalid", "model_invalid"})
+"""Errors that another attempt would only repeat."""
+MEMORY_CODE = "memory_cap_exceeded"
+MEMORY_EXIT = 4
+MAX_MEMORY_REPLANS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a trainer ended."""
+
+    step: int
+    """The last one reported."""
+    status: int | None = None
+    """Exit status, -N for signal N; None if there was no process."""
+    done: Done | None = None
+    failure: Failure | None = None
+    stopped: str | None = None
+    """Why the supervisor stopped it, if it did."""
+    progressed: bool = False
+    final_checkpoint: bool = False
+    """Whether the step in `done` is registered."""
+    log: list[str] = field(default_factory=list)
+    """The last lines of its stderr."""
+
+
+def conclude(session: Session, job: ClaimedJob, desired: Desired, ending: Ending) -> Job:
+    """End the run or give the job back, as `ending` and the user's wish have it. Raises FencedError."""
+    if ending.done is not None and ending.done.reason != "stopped" and ending.final_checkpoint:
+        return runs.finish(session, job.id, job.attempt, JobStatus.SUCCEEDED)
+    if _was_stopped(ending):
+        return _rest(session, job, desired, ending)
+    error = error_of(ending)
+    data = {"status": ending.status, "signal": _signal_name(ending.status), "error": error, "log": ending.log}
+    runs.add_event(session, job.id, job.attempt, "trainer_failed", data)
+    if error["code"] == MEMORY_CODE:
+        return _over_the_cap(session, job, error)
+    if error["code"] in FINAL_CODES:
+        return runs.finish(session, job.id, job.attempt, JobStatus.FAILED, error=error)
+    return runs.release(session, job.id, job.attempt, error["code"], progressed=ending.progressed, error=error)
+
+
+def error_of(ending: Ending) -> dict[str, Any]:
+    """The job's `error` after a trainer that failed."""
+    if ending.failure is not None:
+        failure = ending.failure
+        error = {
+            "code": MEMORY_CODE if ending.status == MEMORY_EXIT else failure.code,
+            "message": failure.message,
+            "step": ending.step if failure.step is None else failure.step,
+            "hint": failure.hint,
+        }
+        return error if failure.peak_bytes is None else {**error, "peak_bytes": failure.peak_bytes}
+    if ending.status == MEMORY_EXIT:
+        return {
+            "code": MEMORY_CODE,
+            "message": "The trainer reached its memory cap.",
+            "step": ending.step,
+            "hint": None,
+        }
+    message, hint = _cause(ending)
+    return {"code": "trainer_crashed", "message": message, "step": ending.step, "hint": hint}
+
+
+def _was_stopped(ending: Ending) -> bool:
+    """Whether it ended because it was told to, by the supervisor or (a signal to all of a service) by others."""
+    if ending.done is not None and ending.done.reason == "stopped":
+        return True
+    return ending.stopped is not None and ending.failure is None and ending.status in (-signal.SIGTERM, -signal.SIGKILL)
+
+
+def _rest(session: Session, job: ClaimedJob, desired: Desired, ending: Ending) -> Job:
+    if desired is Desired.CANCEL:
+        return runs.finish(session, job.id, job.attempt, JobStatus.CANCELLED)
+    if desired is Desired.PAUSE:
+        return runs.finish(session, job.id, job.attempt, JobStatus.PAUSED)
+    # Not the job's fault, so not one of its failures, whether it got as far as a checkpoint or not.
+    return runs.release(session, job.id, job.attempt, ending.stopped or "stopped", progressed=True)
+
+
+def _over_the_cap(session: Session, job: ClaimedJob, error: dict[str, Any]) -> Job:
+    plan = _smaller_plan(session, job) if job.memory_replans < MAX_MEMORY_REPLANS else None
+    if plan is None:
+        return runs.finish(session, job.id, job.attempt, JobStatus.FAILED, error=error)
+    return runs.release(session, job.id, job.attempt, MEMORY_CODE, progressed=True, plan=plan.to_json(), error=error)
+
+
+def _smaller_plan(session: Session, job: ClaimedJob) -> Plan | None:
+    """A plan with chunks of at most half the length, or None where there is none under the cap."""
+    longest = int(job.plan["chunk_length"]) // 2
+    if longest < 1:
+        return None
+    train = TrainConfig.from_json(job.train)
+    stored = calibrations.current(session)
+    workload = Workload(
+        model=ModelConfig.from_json(job.model_config),
+        sequence_length=train.sequence_length,
+        batch_size=train.batch_size,
+        steps=train.steps,
+        evaluates=train.evaluate_every is not None,
+    )
+    calibration = default_calibration() if stored is None else Calibration.from_json(stored)
+    try:
+        return plan_job(workload, job.memory_cap_bytes, calibration, max_chunk_length=longest)
+    except MemoryCapInfeasibleError:
+        return None
+
+
+def _cause(ending: Ending) -> tuple[str, str | None]:
+    name = _signal_name(ending.status)
+    last_line = ending.log[-1][:200] if ending.log else None
+    if name == "SIGKILL":
+        return "The trainer was killed by SIGKILL.", "The kernel does this when the machine runs out of memory."
+    if name is not None:
+        return f"The trainer was killed by {name}.", last_line
+    if ending.done is not None:
+        return f"The trainer was done at step {ending.done.step} without a checkpoint of it.", last_line
+    return f"The trainer ended with status {ending.status} and without a message.", last_line
+
+
+def _signal_name(status: int | None) -> str | None:
+    if status is None or status >= 0:
+        return None
+    try:
+        return signal.Signals(-status).name
+    except ValueError:  # a real-time signal has no name
+        return f"signal {-status}"

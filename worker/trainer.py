@@ -1,0 +1,153 @@
+"""The trainer: a process of its own that trains one attempt of one job under its cap and reports on a pipe.
+
+    python -m worker.trainer        started by the supervisor; not meant for a shell
+
+One JSON object on stdin says what to do (`worker.attempt` writes it); stdin then stays open, and its end means that the
+supervisor is gone: the trainer dies. Reports are JSON lines on the descriptor that SLIMTUNE_REPORT_FD names. SIGTERM
+asks for a checkpoint and an orderly end. It has no database and no secrets.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import errno
+import json
+import os
+import signal
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slim_core.calibrate import warm_up
+from slim_core.config import ModelConfig, TrainConfig
+from slim_core.data.dataset import DatasetError, Windows, token_file
+from slim_core.memory import MemoryMeter, is_out_of_memory, make_meter
+from slim_core.model import Performer
+from slim_core.planning import Plan
+from slim_core.train import Checkpoint, DivergedError, Done, Evaluation, StepMetrics, TrainingRun
+from slim_core.weights.checkpoint import CheckpointError, load_weights
+
+EXIT_DONE, EXIT_ERROR, EXIT_STOPPED, EXIT_MEMORY = 0, 1, 3, 4
+
+_PR_SET_PDEATHSIG = 1
+_MESSAGE_TYPES = {StepMetrics: "metric", Evaluation: "evaluation", Checkpoint: "checkpoint", Done: "done"}
+
+
+class MemoryCapExceededError(MemoryError):
+    """The process holds more than its cap, though no allocation failed."""
+
+
+class Reporter:
+    """Writes messages to the supervisor's pipe."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._pipe = os.fdopen(descriptor, "w", buffering=1, encoding="utf-8")
+
+    def send(self, message_type: str, **fields: Any) -> None:
+        """One message; numbers that are not finite become null, which JSON can say."""
+        self._pipe.write(json.dumps({"type": message_type, **fields}) + "\n")
+
+
+class Stop:
+    """Whether SIGTERM has arrived."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        signal.signal(signal.SIGTERM, self._on_signal)
+
+    def _on_signal(self, _number: int, _frame: object) -> None:
+        self.requested = True
+
+    def __call__(self) -> bool:
+        return self.requested
+
+
+def main() -> int:
+    """Train as stdin says; the exit status is part of the contract with the supervisor."""
+    stop = Stop()
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it ended before the call above
+        return EXIT_ERROR
+    spec = json.loads(sys.stdin.readline())
+    threading.Thread(target=_die_at_end_of_stdin, daemon=True).start()
+    reporter = Reporter(int(os.environ["SLIMTUNE_REPORT_FD"]))
+    torch.set_num_threads(spec["threads"])
+    warm_up()
+    meter = make_meter(torch.device("cpu"))
+    run: TrainingRun | None = None
+    try:
+        meter.enforce_cap(spec["memory_cap_bytes"])
+        run = _load(spec, meter, stop)
+        reporter.send("started", step=run.step)
+        return _train(run, reporter, spec["memory_cap_bytes"])
+    except Exception as error:  # noqa: BLE001  # whatever it is, the supervisor must hear of it
+        traceback.print_exc()
+        step = run.step if run is not None else None
+        reporter.send("error", step=step, peak_bytes=meter.peak_bytes(), **_explain(error))
+        return EXIT_MEMORY if is_out_of_memory(error) else EXIT_ERROR
+
+
+def _load(spec: dict[str, Any], meter: MemoryMeter, stop: Stop) -> TrainingRun:
+    config = TrainConfig.from_json(spec["train"])
+    data = Windows(token_file(Path(spec["dataset_path"])), config.sequence_length, config.seed)
+    validation = None
+    if spec["validation_path"] is not None:
+        validation = Windows(token_file(Path(spec["validation_path"])), config.sequence_length, config.seed)
+    model = Performer(ModelConfig.from_json(spec["model"]))
+    if spec["initial_weights"] is None:
+        model.initialize(config.seed)
+    else:
+        load_weights(model, Path(spec["initial_weights"]))
+    checkpoints_dir = Path(spec["checkpoints_dir"])
+    run = TrainingRun(model, config, Plan.from_json(spec["plan"]), data, validation, checkpoints_dir, meter, stop)
+    if spec["resume_from"] is not None:
+        run.resume(Path(spec["resume_from"]))
+    return run
+
+
+def _train(run: TrainingRun, reporter: Reporter, cap_bytes: int) -> int:
+    reason = ""
+    for report in run.reports():
+        reporter.send(_MESSAGE_TYPES[type(report)], **dataclasses.asdict(report))
+        match report:
+            case StepMetrics(peak_bytes=peak) if peak > cap_bytes:
+                # The limit counts reserved memory; what a library had reserved before may be touched later.
+                raise MemoryCapExceededError(f"{peak} bytes held, {cap_bytes} allowed")
+            case Done():
+                reason = report.reason
+    return EXIT_STOPPED if reason == "stopped" else EXIT_DONE
+
+
+def _explain(error: Exception) -> dict[str, str]:
+    """Code, message and hint of a failure, for the user."""
+    text = f"{type(error).__name__}: {error}"[:500]
+    if is_out_of_memory(error):
+        code, hint = "memory_cap_exceeded", "raise memory_cap, or let the planner choose a shorter chunk"
+    elif isinstance(error, DivergedError):
+        code, hint = "diverged", "lower the learning rate, lengthen the warm-up or set gradient_clip"
+    elif isinstance(error, DatasetError):
+        code, hint = "dataset_invalid", "mend the dataset and upload it again"
+    elif isinstance(error, CheckpointError):
+        code, hint = "model_invalid", "start from another model"
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        code, hint = "disk_full", "free space in the data directory; the job resumes from its last checkpoint"
+    else:
+        code, hint = "trainer_error", "see the job's events for the end of the trainer's log"
+    return {"code": code, "message": text, "hint": hint}
+
+
+def _die_at_end_of_stdin() -> None:
+    # The raw descriptor: a buffered read would hold a lock that the interpreter's end wants.
+    while os.read(0, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
