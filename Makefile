@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
 TORCH := $(shell grep '^torch==' requirements.lock)
 
-.PHONY: help demo up test test-extra lint format clean
+.PHONY: help demo up test test-extra lint tradeoff format clean
 
 help:
 	@echo "make demo        one real training job through the REST API, from upload to a sample; about 3 minutes"
@@ -14,6 +14,7 @@ help:
 	@echo "make test        checks and tests, against real PostgreSQL and Redis"
 	@echo "make test-extra  tests that need something from the system, for example docker compose"
 	@echo "make lint        only the checks: ruff, mypy, import-linter"
+	@echo "make tradeoff    measure memory and time against the number of chunks, and draw it (docs/figures)"
 	@echo "make format      let ruff format and fix what it can"
 	@echo "make clean       remove .venv, caches and the data in .slimtune"
 
@@ -52,6 +53,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+tradeoff: $(INSTALLED)
+	$(BIN)/python benchmarks/tradeoff.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff format

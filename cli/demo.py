@@ -26,12 +26,12 @@ from cli.up import ROOT, Options, Stack, interrupt, on_signals
 MODEL = "performer-tiny"
 SEQUENCE_LENGTH = 8_192
 BATCH_SIZE = 1
-STEPS = 120
-LEARNING_RATE = 1e-3
-WARMUP_STEPS = 10
-EVALUATE_EVERY = 40
+STEPS = 200
+LEARNING_RATE = 3e-3
+WARMUP_STEPS = 20
+EVALUATE_EVERY = 50
 EVALUATE_SEQUENCES = 2
-CHECKPOINT_EVERY = 60
+CHECKPOINT_EVERY = 100
 VALIDATION = slice(6, None, 10)
 """Which of the documents, in order of their names, are for validation: every tenth, here with a tenth of the text."""
 CAP_STEP_BYTES = 10 * BYTES_PER_MIB
@@ -105,9 +105,9 @@ def write_datasets(folder: Path) -> tuple[Path, Path]:
 
 
 def choose_cap(plan: Plan) -> int:
-    """Halfway between the smallest cap that works at all and what the ordinary step would take; bytes."""
-    middle = (plan["minimum_cap_bytes"] + plan["unchunked_peak_bytes"]) // 2
-    return max(middle // CAP_STEP_BYTES * CAP_STEP_BYTES, plan["minimum_cap_bytes"])
+    """A quarter of the way from the smallest cap that works at all to what the ordinary step would take; bytes."""
+    quarter = (3 * plan["minimum_cap_bytes"] + plan["unchunked_peak_bytes"]) // 4
+    return max(quarter // CAP_STEP_BYTES * CAP_STEP_BYTES, plan["minimum_cap_bytes"])
 
 
 def _request(training: Dataset, validation: Dataset, steps: int) -> dict[str, Any]:

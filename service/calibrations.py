@@ -26,6 +26,6 @@ def store(session: Session, device: str, worker: str, data: dict[str, Any]) -> i
     return session.execute(statement).scalar_one()
 
 
-def current(session: Session, device: str = "cpu") -> dict[str, Any] | None:
-    """The device's newest calibration as JSON; None if no worker has reported."""
-    return session.scalar(select(CalibrationRecord.data).where(CalibrationRecord.device == device))
+def current(session: Session) -> dict[str, Any] | None:
+    """The calibration that was stored last as JSON, whatever its device; None if no worker has reported."""
+    return session.scalar(select(CalibrationRecord.data).order_by(CalibrationRecord.updated_at.desc()).limit(1))

@@ -14,7 +14,7 @@ import time
 import torch
 
 from slim_core.config import ModelConfig, OptimizerConfig
-from slim_core.memory import private_bytes
+from slim_core.memory import make_meter, pick_device, private_bytes
 from slim_core.model import Performer
 from slim_core.optim import make_optimizer
 from slim_core.planning import Calibration
@@ -29,27 +29,28 @@ _SHORT_CHUNKS = 16
 _REPETITIONS = 7
 
 
-def warm_up() -> None:
+def warm_up(device: torch.device) -> None:
     """A training step of a minimal model: every library has made its first-use buffers when it returns."""
-    _train_steps(_WARM_UP_MODEL, sequence_length=128, chunk_length=64, repetitions=1)
+    _train_steps(_WARM_UP_MODEL, device, sequence_length=128, chunk_length=64, repetitions=1)
 
 
 def calibrate(threads: int) -> Calibration:
     """Measure runtime memory, rate and overhead with `threads` threads. Call in a process that has done nothing
     else."""
     torch.set_num_threads(threads)
-    warm_up()
-    runtime_bytes = private_bytes()
+    device = pick_device()
+    warm_up(device)
+    runtime_bytes = private_bytes() if device.type == "cpu" else make_meter(device).peak_bytes()
 
-    long_seconds = _train_steps(_RATE_MODEL, _LONG_CHUNK, _LONG_CHUNK, _REPETITIONS)
+    long_seconds = _train_steps(_RATE_MODEL, device, _LONG_CHUNK, _LONG_CHUNK, _REPETITIONS)
     rate = step_flops(_RATE_MODEL, tokens=_LONG_CHUNK, num_chunks=1) / long_seconds
     tokens = _SHORT_CHUNK * _SHORT_CHUNKS
-    short_seconds = _train_steps(_RATE_MODEL, tokens, _SHORT_CHUNK, _REPETITIONS)
+    short_seconds = _train_steps(_RATE_MODEL, device, tokens, _SHORT_CHUNK, _REPETITIONS)
     computing = step_flops(_RATE_MODEL, tokens=tokens, num_chunks=_SHORT_CHUNKS) / rate
     overhead = max(0.0, short_seconds - computing) / (_SHORT_CHUNKS * _RATE_MODEL.num_layers)
     return Calibration(
         source=f"measured {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}, torch {torch.__version__}",
-        device="cpu",
+        device=device.type,
         threads=threads,
         runtime_bytes=runtime_bytes,
         flops_per_second=rate,
@@ -57,11 +58,13 @@ def calibrate(threads: int) -> Calibration:
     )
 
 
-def _train_steps(config: ModelConfig, sequence_length: int, chunk_length: int, repetitions: int) -> float:
+def _train_steps(
+    config: ModelConfig, device: torch.device, sequence_length: int, chunk_length: int, repetitions: int
+) -> float:
     """Median seconds of a training step, the first one not counted."""
-    model = Performer(config).initialize(seed=0)
+    model = Performer(config).initialize(seed=0).to(device)
     optimizer = make_optimizer(model, OptimizerConfig())
-    tokens = torch.arange(sequence_length).remainder(config.vocab_size).unsqueeze(0)
+    tokens = torch.arange(sequence_length).remainder(config.vocab_size).unsqueeze(0).to(device)
     seconds = []
     for _ in range(repetitions + 1):
         started = time.perf_counter()
@@ -69,6 +72,8 @@ def _train_steps(config: ModelConfig, sequence_length: int, chunk_length: int, r
         torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[1:])
 

@@ -82,6 +82,11 @@ class CudaMeter:
         torch.cuda.set_per_process_memory_fraction(min(max(fraction, 0.0), 1.0), self._device)
 
 
+def pick_device() -> torch.device:
+    """The first GPU, where torch sees one; else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def make_meter(device: torch.device) -> MemoryMeter:
     """The meter of a device."""
     return CudaMeter(device) if device.type == "cuda" else CpuMeter()

@@ -29,7 +29,7 @@ def make_optimizer(model: Performer, config: OptimizerConfig) -> torch.optim.Ada
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
         moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
-        optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+        optimizer.state[parameter] = {"step": torch.tensor(0.0, device=parameter.device), **moments}
     return optimizer
 
 

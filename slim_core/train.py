@@ -111,6 +111,7 @@ class TrainingRun:
         self._checkpoints_dir = checkpoints_dir
         self._meter = meter
         self._stop_requested = stop_requested
+        self._device = next(model.parameters()).device
         self._optimizer = make_optimizer(model, config.optimizer)
         self._progress = _Progress()
         self._saved_step: int | None = None
@@ -181,7 +182,7 @@ class TrainingRun:
         )
 
     def _accumulate_gradients(self, step: int) -> float:
-        tokens, targets = self._data.batch(step, self._config.batch_size)
+        tokens, targets = (part.to(self._device) for part in self._data.batch(step, self._config.batch_size))
         normaliser = count_targets(targets)
         micro_batch = self._plan.micro_batch_size
         return sum(
@@ -210,7 +211,7 @@ class TrainingRun:
         count = min(self._config.evaluate_sequences, validation.per_epoch)
         total, targets_seen = 0.0, 0
         for index in range(count):
-            tokens, targets = validation.validation(index, batch_size=1)
+            tokens, targets = (part.to(self._device) for part in validation.validation(index, batch_size=1))
             total += evaluate_loss(self._model, tokens, targets, chunk_length=self._plan.chunk_length)
             targets_seen += count_targets(targets)
         loss = total / targets_seen

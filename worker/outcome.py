@@ -111,9 +111,9 @@ def _over_the_cap(session: Session, job: ClaimedJob, error: dict[str, Any]) -> J
 
 
 def _smaller_plan(session: Session, job: ClaimedJob) -> Plan | None:
-    """A plan with chunks of at most half the length, or None where there is none under the cap."""
-    longest = int(job.plan["chunk_length"]) // 2
-    if longest < 1:
+    """A plan that holds at most half as many positions at once, or None where there is none under the cap."""
+    max_positions = int(job.plan["chunk_length"]) * int(job.plan["micro_batch_size"]) // 2
+    if max_positions < 1:
         return None
     train = TrainConfig.from_json(job.train)
     stored = calibrations.current(session)
@@ -126,7 +126,7 @@ def _smaller_plan(session: Session, job: ClaimedJob) -> Plan | None:
     )
     calibration = default_calibration() if stored is None else Calibration.from_json(stored)
     try:
-        return plan_job(workload, job.memory_cap_bytes, calibration, max_chunk_length=longest)
+        return plan_job(workload, job.memory_cap_bytes, calibration, max_positions=max_positions)
     except MemoryCapInfeasibleError:
         return None
 

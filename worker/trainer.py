@@ -26,7 +26,7 @@ import torch
 from slim_core.calibrate import warm_up
 from slim_core.config import ModelConfig, TrainConfig
 from slim_core.data.dataset import DatasetError, Windows, token_file
-from slim_core.memory import MemoryMeter, is_out_of_memory, make_meter
+from slim_core.memory import MemoryMeter, is_out_of_memory, make_meter, pick_device
 from slim_core.model import Performer
 from slim_core.planning import Plan
 from slim_core.train import Checkpoint, DivergedError, Done, Evaluation, StepMetrics, TrainingRun
@@ -78,12 +78,13 @@ def main() -> int:
     threading.Thread(target=_die_at_end_of_stdin, daemon=True).start()
     reporter = Reporter(int(os.environ["SLIMTUNE_REPORT_FD"]))
     torch.set_num_threads(spec["threads"])
-    warm_up()
-    meter = make_meter(torch.device("cpu"))
+    device = pick_device()
+    warm_up(device)
+    meter = make_meter(device)
     run: TrainingRun | None = None
     try:
         meter.enforce_cap(spec["memory_cap_bytes"])
-        run = _load(spec, meter, stop)
+        run = _load(spec, device, meter, stop)
         reporter.send("started", step=run.step)
         return _train(run, reporter, spec["memory_cap_bytes"])
     except Exception as error:  # noqa: BLE001  # whatever it is, the supervisor must hear of it
@@ -93,7 +94,7 @@ def main() -> int:
         return EXIT_MEMORY if is_out_of_memory(error) else EXIT_ERROR
 
 
-def _load(spec: dict[str, Any], meter: MemoryMeter, stop: Stop) -> TrainingRun:
+def _load(spec: dict[str, Any], device: torch.device, meter: MemoryMeter, stop: Stop) -> TrainingRun:
     config = TrainConfig.from_json(spec["train"])
     data = Windows(token_file(Path(spec["dataset_path"])), config.sequence_length, config.seed)
     validation = None
@@ -104,6 +105,7 @@ def _load(spec: dict[str, Any], meter: MemoryMeter, stop: Stop) -> TrainingRun:
         model.initialize(config.seed)
     else:
         load_weights(model, Path(spec["initial_weights"]))
+    model.to(device)
     checkpoints_dir = Path(spec["checkpoints_dir"])
     run = TrainingRun(model, config, Plan.from_json(spec["plan"]), data, validation, checkpoints_dir, meter, stop)
     if spec["resume_from"] is not None:

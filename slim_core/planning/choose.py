@@ -59,13 +59,14 @@ def plan_job(
     memory_cap_bytes: int,
     calibration: Calibration,
     chunking: Chunking | None = None,
-    max_chunk_length: int | None = None,
+    max_positions: int | None = None,
 ) -> Plan:
     """The fastest plan under the cap.
 
     Args:
         chunking: the user's own chunk length and policy; the planner then chooses the micro-batch only.
-        max_chunk_length: no chunk longer than this; for another attempt after one that needed more than predicted.
+        max_positions: no more than this many positions (micro-batch times chunk length) at once; for another attempt
+            after one that needed more than predicted.
 
     Raises:
         MemoryCapInfeasibleError: nothing fits; carries the smallest cap and the longest sequence that would.
@@ -74,7 +75,7 @@ def plan_job(
     if chunking is not None and not 1 <= chunking.chunk_length <= workload.sequence_length:
         raise ValueError(f"chunk_length: must be between 1 and sequence_length ({workload.sequence_length})")
     candidates = [
-        _candidate(workload, schedule, calibration) for schedule in schedules(workload, chunking, max_chunk_length)
+        _candidate(workload, schedule, calibration) for schedule in schedules(workload, chunking, max_positions)
     ]
     smallest = min(candidates, key=lambda c: (c.peak_bytes, c.step_seconds))
     fitting = [c for c in candidates if c.peak_bytes <= memory_cap_bytes]
@@ -104,10 +105,10 @@ def plan_job(
     )
 
 
-def schedules(workload: Workload, chunking: Chunking | None, max_chunk_length: int | None) -> Iterator[Schedule]:
+def schedules(workload: Workload, chunking: Chunking | None, max_positions: int | None) -> Iterator[Schedule]:
     """What the planner considers: chunk lengths 2^i and 3 * 2^i and the whole sequence, halved batches, both
     policies."""
-    longest = min(workload.sequence_length, max_chunk_length or workload.sequence_length)
+    longest = min(workload.sequence_length, max_positions or workload.sequence_length)
     if chunking is None:
         lengths = {longest}
         for exponent in range(longest.bit_length()):
@@ -122,6 +123,8 @@ def schedules(workload: Workload, chunking: Chunking | None, max_chunk_length: i
         elif chunking is not None:
             policies = (chunking.state_policy,)
         for batch_size in sorted(batch_sizes):
+            if max_positions is not None and batch_size * chunk_length > max_positions:
+                continue
             for policy in policies:
                 yield Schedule(chunk_length, policy, batch_size)
 

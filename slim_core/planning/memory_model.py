@@ -1,8 +1,8 @@
 """How much memory a plan needs: one named term per place that holds it, derived from what the code saves for backward.
 
-Whoever changes a layer in `slim_core.layers` or `slim_core.model` changes its term here. Terms count numbers per position
-of a chunk (micro-batch b, chunk length C: b * C positions). What the process holds beyond its live tensors is the heap's
-waste, for the allocator settings that the trainer is started with (`worker.environment`, docs/decisions).
+Whoever changes a layer in `slim_core.layers` or `slim_core.model` changes its term here. Terms count numbers per
+position of a chunk (micro-batch b, chunk length C: b * C positions). What the process holds beyond its live tensors
+is the heap's waste, for the allocator settings that the trainer is started with (`worker.environment`, docs/decisions).
 
 Symbols: S layers, D model width, H heads, K head width, M features per head, F MLP width, V vocabulary, L = 64 block.
 """
@@ -24,7 +24,8 @@ _MIB = 2**20
 _MAPPING_THRESHOLD = 4 * _MIB
 """Tensors from this size on are mapped one by one and waste nothing (`worker.environment`)."""
 _HEAP_WASTE = 0.95
-"""Holes in the heap, as a share of the live bytes of chunk-sized tensors below the threshold: the largest seen, measured."""
+"""Holes in the heap, as a share of the live bytes of chunk-sized tensors below the threshold: the largest seen,
+measured."""
 _SAFETY_FRACTION = 0.06
 """Of everything but the runtime and the waste: weight-sized buffers of the libraries, mapped tensors' page rounding."""
 _SAFETY_BYTES = 12 * _MIB
@@ -55,7 +56,7 @@ def predict_peak(workload: Workload, schedule: Schedule, calibration: Calibratio
     at_head = _bytes(logits_sites, positions)
     in_layer = _bytes(backward, positions) + largest_weight_gradient(model)
     transient = logits_sites if at_head > in_layer else backward
-    heap_bytes = _heap_bytes([*saved, *transient], positions)
+    waste = _heap_waste([*saved, *transient], positions)
 
     weights = FLOAT * model.num_parameters
     parameters = weights + FLOAT * _projection_size(model)
@@ -71,7 +72,7 @@ def predict_peak(workload: Workload, schedule: Schedule, calibration: Calibratio
         activations=activations,
         logits=at_head,
         workspace=workspace,
-        safety=int(_HEAP_WASTE * heap_bytes + _SAFETY_FRACTION * live) + _SAFETY_BYTES,
+        safety=int(waste + _SAFETY_FRACTION * live) + _SAFETY_BYTES,
     )
 
 
@@ -127,10 +128,16 @@ def _bytes(sites: list[Site], positions: int) -> int:
     return FLOAT * positions * sum(count * width for count, width in sites)
 
 
-def _heap_bytes(sites: list[Site], positions: int) -> int:
-    """Bytes of those that lie in the heap."""
+def _heap_waste(sites: list[Site], positions: int) -> float:
+    """Bytes of holes in the heap, at most.
+
+    Tensors below the mapping threshold leave holes as they come and go. Into a hole that is large enough malloc puts a
+    tensor that it would map otherwise, and at another time maps it beside the hole: of two such tensors at most.
+    """
     small = [(count, width) for count, width in sites if FLOAT * positions * width < _MAPPING_THRESHOLD]
-    return max(0, _bytes(small, positions))
+    mapped = [FLOAT * positions * width for _, width in sites if FLOAT * positions * width >= _MAPPING_THRESHOLD]
+    heap_bytes = max(0, _bytes(small, positions))
+    return _HEAP_WASTE * heap_bytes + min(heap_bytes, 2 * max(mapped, default=0))
 
 
 def largest_weight_gradient(model: ModelConfig) -> int:

@@ -2,7 +2,7 @@
 
     step seconds = flops / rate + N * S * overhead
 
-Good for ranking plans and for a first estimate; a running job knows better (median of its own steps).
+Good for ranking plans and for a first estimate; a running job knows better, from its own steps.
 Symbols: S layers, D model width, H heads, K head width, M features per head, F MLP width, V vocabulary, N chunks.
 """
 

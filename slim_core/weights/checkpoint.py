@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,8 +77,7 @@ def save_checkpoint(
         temporary.rename(final)
         _sync(parent)
     except SafetensorError as error:
-        # What safetensors says of a full disk; the caller tells a full disk from other failures by OSError.
-        raise OSError(str(error)) from error
+        raise _os_error(error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return files
@@ -160,6 +160,12 @@ def _fill(targets: dict[str, Tensor], path: Path) -> None:
                 target.detach().copy_(source)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path.name}: {error}") from error
+
+
+def _os_error(error: SafetensorError) -> OSError:
+    """The system's error behind one of safetensors, which gives its number in the text only."""
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

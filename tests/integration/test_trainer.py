@@ -1,0 +1,237 @@
+"""The real trainer process over its real pipes: reports, stops, dies, fails and resumes as the supervisor relies on."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from slim_core.config import ModelConfig, OptimizerConfig, TrainConfig
+from slim_core.data.dataset import token_file
+from slim_core.planning import Plan
+from slim_core.weights.checkpoint import verify_checkpoint
+from tests.unit.core_support import a_plan, names, write_text
+from worker.environment import trainer_environment
+from worker.messages import Checkpoint, Done, Evaluation, Failure, Message, Metric, Started, parse
+from worker.process import TrainerProcess, tail
+
+T = TypeVar("T")
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ModelConfig(num_layers=2, model_width=32, num_heads=2, mlp_width=64)
+TRAIN = TrainConfig(
+    sequence_length=256, batch_size=2, steps=6, evaluate_every=3, optimizer=OptimizerConfig(learning_rate=3e-3)
+)
+PLAN = a_plan(100, "reverse", micro_batch=1)
+ENDLESS = replace(TRAIN, steps=1_000_000, evaluate_every=None)
+CAP_BYTES = 2 << 30
+VALIDATION = ["assert", "assignment", "import"]
+COMMAND = [sys.executable, "-m", "worker.trainer"]
+
+
+class Trainer:
+    """A started `python -m worker.trainer` and everything it has said."""
+
+    def __init__(self, command: list[str], spec: dict[str, Any], log: Path) -> None:
+        environment = trainer_environment(threads=1) | {"PYTHONPATH": str(ROOT)}
+        self.process = TrainerProcess(command, spec, environment, log)
+        self.messages: list[Message] = []
+        self.log = log
+
+    def read_until(self, enough: Callable[[], bool], seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while not enough():
+            over = time.monotonic() > deadline or self.process.drained
+            assert not over, f"{self.messages}\n{tail(self.log)}"
+            self.messages += [parse(line) for line in self.process.read_lines(0.05)]
+
+    def until_step(self, step: int) -> None:
+        self.read_until(lambda: any(isinstance(m, Metric) and m.step >= step for m in self.messages))
+
+    def finish(self, seconds: float = 60) -> int:
+        """Read to the end; the exit status."""
+        self.read_until(lambda: self.process.drained, seconds)
+        while self.process.running:  # between the end of its pipe and its own
+            time.sleep(0.01)
+        return self.process.close()
+
+    def of(self, kind: type[T]) -> list[T]:
+        return [message for message in self.messages if isinstance(message, kind)]
+
+    @property
+    def losses(self) -> list[float]:
+        return [metric.loss for metric in self.of(Metric) if metric.loss is not None]
+
+
+Start = Callable[..., Trainer]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    text = write_text(tmp_path / "data")
+    validation = write_text(tmp_path / "validation", VALIDATION)
+    started: list[Trainer] = []
+
+    def start_trainer(
+        train: TrainConfig = TRAIN,
+        plan: Plan = PLAN,
+        model: ModelConfig = MODEL,
+        command: list[str] = COMMAND,
+        **changes: Any,
+    ) -> Trainer:
+        checkpoints = tmp_path / f"checkpoints-{len(started)}"
+        checkpoints.mkdir()
+        spec = {
+            "job_id": "job",
+            "attempt": 1,
+            "model": model.to_json(),
+            "train": train.to_json(),
+            "plan": json.loads(json.dumps(plan.to_json())),
+            "memory_cap_bytes": CAP_BYTES,
+            "dataset_path": str(text),
+            "validation_path": str(validation),
+            "checkpoints_dir": str(checkpoints),
+            "resume_from": None,
+            "initial_weights": None,
+            "threads": 1,
+            **changes,
+        }
+        trainer = Trainer(command, spec, tmp_path / f"{len(started)}.log")
+        started.append(trainer)
+        return trainer
+
+    yield start_trainer
+    for trainer in started:
+        trainer.process.close()
+
+
+def test_a_job_runs_to_its_end_resumes_bit_for_bit_and_is_a_start_for_others(start: Start, tmp_path: Path) -> None:
+    whole = start()
+    assert whole.finish() == 0, tail(whole.log)
+    kinds = [type(message) for message in whole.messages]
+    three_steps_and_an_evaluation = [Metric, Metric, Metric, Evaluation, Checkpoint]
+    assert kinds == [Started, *three_steps_and_an_evaluation, *three_steps_and_an_evaluation, Done]
+    assert whole.messages[0] == Started(0)
+    assert whole.messages[-1] == Done(6, "completed")
+    assert whole.losses[-1] < whole.losses[0]
+    for metric in whole.of(Metric):
+        assert 50_000_000 < metric.peak_bytes < CAP_BYTES
+    for checkpoint in whole.of(Checkpoint):
+        folder = tmp_path / "checkpoints-0" / checkpoint.name
+        verify_checkpoint(folder)
+        assert sorted(file["name"] for file in checkpoint.files) == names(folder)
+        assert checkpoint.validation_loss is not None
+
+    folder = tmp_path / "checkpoints-0" / "step-00000003"
+    resumed = start(resume_from=str(folder))
+    tuned = start(replace(TRAIN, steps=1, seed=8), initial_weights=str(folder))
+    assert resumed.finish() == 0
+    assert resumed.messages[0] == Started(3)
+    assert resumed.losses == whole.losses[3:]
+    assert resumed.of(Evaluation) == whole.of(Evaluation)[1:]
+    hashes = [[file["sha256"] for file in trainer.of(Checkpoint)[-1].files] for trainer in (whole, resumed)]
+    assert hashes[0] == hashes[1]
+
+    assert tuned.finish() == 0
+    assert tuned.messages[0] == Started(0)
+    assert tuned.losses[0] < whole.losses[0] - 0.05
+
+
+def test_sigterm_ends_it_with_a_checkpoint(start: Start, tmp_path: Path) -> None:
+    trainer = start(ENDLESS)
+    trainer.until_step(2)
+    trainer.process.terminate()
+    asked = time.monotonic()
+    assert trainer.finish() == 3
+    assert time.monotonic() - asked < 5
+    *_, metric, checkpoint, done = trainer.messages
+    assert isinstance(metric, Metric)
+    assert isinstance(checkpoint, Checkpoint)
+    assert done == Done(metric.step, "stopped")
+    assert checkpoint.step == metric.step
+    verify_checkpoint(tmp_path / "checkpoints-0" / checkpoint.name)
+
+
+def test_the_end_of_stdin_kills_it(start: Start) -> None:
+    trainer = start(ENDLESS)
+    trainer.until_step(1)
+    lifeline = trainer.process._lifeline
+    assert lifeline is not None
+    lifeline.close()
+    asked = time.monotonic()
+    while trainer.process.running:
+        assert time.monotonic() - asked < 2
+        trainer.process.read_lines(0.01)
+    assert trainer.process.close() == -9
+
+
+def test_a_cap_that_is_too_small_is_reported_as_such(start: Start, tmp_path: Path) -> None:
+    """For the step, though the weights fit; and for the interpreter itself."""
+    model = replace(MODEL, model_width=256, mlp_width=1024)
+    long = replace(ENDLESS, sequence_length=16_384)
+    cap = 600 << 20
+    too_long = start(long, a_plan(16_384), model, memory_cap_bytes=cap)
+    hopeless = start(memory_cap_bytes=40 << 20)
+    for trainer in (too_long, hopeless):
+        assert trainer.finish() == 4
+        (failure,) = trainer.of(Failure)
+        assert failure is trainer.messages[-1]
+        assert failure.code == "memory_cap_exceeded"
+        assert failure.hint
+    assert too_long.messages[0] == Started(0)
+    failure = too_long.of(Failure)[0]
+    assert failure.step == 0
+    assert failure.peak_bytes is not None
+    # The meter's reading is an upper bound (test_core_memory.py).
+    assert cap - (300 << 20) < failure.peak_bytes <= cap + (20 << 20)
+    assert names(tmp_path / "checkpoints-0") == []
+
+
+def one_failure(trainer: Trainer) -> Failure:
+    assert trainer.finish() == 1
+    (failure,) = trainer.of(Failure)
+    assert isinstance(failure, Failure)
+    return failure
+
+
+def test_what_the_user_can_mend_is_named(start: Start, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "source.jsonl").write_text('{"text": "good"}\n{"no": "text"}\n')
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "model.safetensors").write_bytes(b"no weights")
+    explosive = replace(ENDLESS, optimizer=OptimizerConfig(learning_rate=10.0, weight_decay=9.0), gradient_clip=None)
+    # Side by side: most of their time is the interpreter's start.
+    trainers = {
+        "dataset_invalid": start(dataset_path=str(broken / "source.jsonl")),
+        "model_invalid": start(initial_weights=str(weights)),
+        "diverged": start(explosive),
+    }
+    failures = {code: one_failure(trainer) for code, trainer in trainers.items()}
+    assert {code: failure.code for code, failure in failures.items()} == {code: code for code in failures}
+    assert "line 2" in failures["dataset_invalid"].message
+    assert "model.safetensors" in failures["model_invalid"].message
+    assert failures["diverged"].step == trainers["diverged"].of(Metric)[-1].step
+
+
+LIMITED = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+sys.argv = ["worker.trainer"]
+runpy.run_module("worker.trainer", run_name="__main__")
+"""
+
+
+def test_a_full_disk_is_named(start: Start, tmp_path: Path) -> None:
+    """A limit on the size of files stands in for it: the weights are larger."""
+    token_file(write_text(tmp_path / "data"))
+    token_file(write_text(tmp_path / "validation", VALIDATION))
+    trainer = start(replace(TRAIN, steps=1), command=[sys.executable, "-c", LIMITED])
+    assert one_failure(trainer).code == "disk_full"
+    assert names(tmp_path / "checkpoints-0") == []

@@ -1,0 +1,403 @@
+"""The training loop on real text: it learns, resumes bit for bit, stops, evaluates and saves by its rules."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slim_core import train
+from slim_core.config import ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from slim_core.data.dataset import Windows
+from slim_core.model import Performer
+from slim_core.optim import learning_rate, make_optimizer
+from slim_core.planning import Plan
+from slim_core.reference import reference_loss
+from slim_core.train import Checkpoint, DivergedError, Done, Evaluation, Report, StepMetrics, TrainingRun
+from slim_core.weights.checkpoint import load_model, verify_checkpoint
+from tests.unit.core_support import TINY, a_plan, names, text_windows, write_text
+
+T = 96
+CONFIG = TrainConfig(
+    sequence_length=T,
+    batch_size=3,
+    steps=6,
+    optimizer=OptimizerConfig(learning_rate=3e-3),
+    schedule=ScheduleConfig(warmup_steps=2),
+    seed=5,
+)
+PLAN = a_plan(40, "reverse", micro_batch=2)
+
+
+class NoMeter:
+    """Memory is the subject of test_core_memory.py."""
+
+    def peak_bytes(self) -> int:
+        return 123
+
+    def enforce_cap(self, cap_bytes: int) -> None:
+        raise NotImplementedError
+
+
+class Bench:
+    """Data once, and a run for the asking."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.data = text_windows(folder / "data", T, seed=5)
+        self.runs = itertools.count()
+        self.model = Performer(TINY)
+
+    def run(
+        self,
+        config: TrainConfig = CONFIG,
+        plan: Plan = PLAN,
+        *,
+        seed: int | None = None,
+        validation: Windows | None = None,
+        checkpoints: Path | None = None,
+        stop_requested: Callable[[], bool] = lambda: False,
+        model_config: ModelConfig = TINY,
+    ) -> TrainingRun:
+        """A run of a new model, `self.model`, into a folder of its own, `self.checkpoints`."""
+        self.model = Performer(model_config).initialize(config.seed if seed is None else seed)
+        self.checkpoints = checkpoints or self.folder / f"checkpoints-{next(self.runs)}"
+        return TrainingRun(self.model, config, plan, self.data, validation, self.checkpoints, NoMeter(), stop_requested)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def losses(reports: list[Report]) -> list[float]:
+    return [report.loss for report in reports if isinstance(report, StepMetrics)]
+
+
+def weights(model: Performer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_weights(model: Performer, wanted: dict[str, torch.Tensor]) -> None:
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, wanted[name]), name
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_loss_falls(bench: Bench) -> None:
+    config = replace(CONFIG, steps=100, optimizer=OptimizerConfig(learning_rate=1e-2))
+    curve = losses(list(bench.run(config, a_plan(48, "keep", micro_batch=3)).reports()))
+    assert curve[0] == pytest.approx(5.55, abs=0.3)  # log 257: nothing is known yet
+    assert sum(curve[-5:]) / 5 < 3.0  # the bytes' own frequencies give about 3.2
+
+
+def test_a_quiet_run_reports_its_steps_and_one_checkpoint(bench: Bench) -> None:
+    run = bench.run()
+    reports = list(run.reports())
+    steps = reports[:6]
+    assert all(isinstance(report, StepMetrics) for report in steps)
+    for number, report in enumerate(steps, 1):
+        assert isinstance(report, StepMetrics)
+        assert (report.step, report.tokens, report.peak_bytes) == (number, number * 3 * T, 123)
+        assert report.learning_rate == learning_rate(number - 1, 6, 3e-3, CONFIG.schedule)
+        assert report.step_seconds > 0
+        assert report.grad_norm > 0
+    checkpoint, done = reports[6:]
+    assert isinstance(checkpoint, Checkpoint)
+    assert (checkpoint.step, checkpoint.name, checkpoint.validation_loss) == (6, "step-00000006", None)
+    assert done == Done(6, "completed")
+    assert run.step == 6
+    assert names(bench.checkpoints) == ["step-00000006"]
+    assert_same_weights(load_model(bench.checkpoints / "step-00000006"), weights(bench.model))
+
+
+def test_the_first_step_is_the_oracle_s(bench: Bench) -> None:
+    """Loss and gradient norm of the whole batch, unaltered by chunks, micro-batches or clipping."""
+    first = next(bench.run(replace(CONFIG, gradient_clip=1e-3)).reports())
+    assert isinstance(first, StepMetrics)
+    model = Performer(TINY).initialize(CONFIG.seed)
+    loss = reference_loss(model, *bench.data.batch(0, 3))
+    loss.backward()  # type: ignore[no-untyped-call]
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    assert first.loss == pytest.approx(loss.item(), rel=1e-5)
+    assert first.grad_norm == pytest.approx(norm.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("limit", [1e-4, None])
+def test_clipping_bounds_the_update(bench: Bench, limit: float | None) -> None:
+    # With a large epsilon AdamW's step is close to the gradient's size; by default it is blind to it.
+    optimizer = OptimizerConfig(learning_rate=1.0, weight_decay=0.0, epsilon=0.9)
+    config = replace(CONFIG, gradient_clip=limit, optimizer=optimizer, schedule=ScheduleConfig("constant"))
+    reports = bench.run(config).reports()
+    before = weights(bench.model)
+    next(reports)
+    change = torch.stack([(p - before[name]).norm() for name, p in bench.model.named_parameters()]).norm().item()
+    if limit is None:
+        assert change > 1e-2
+    else:
+        assert 0.5 * limit < change < 1.2 * limit
+
+
+def stop_after(step: int) -> tuple[Callable[[], bool], Callable[[Iterator[Report]], list[Report]]]:
+    """A stop that is requested when the report of `step` is read, and what reads the reports."""
+    seen: list[Report] = []
+
+    def read(reports: Iterator[Report]) -> list[Report]:
+        seen.extend(reports)  # one by one, so that the stop sees each before the next step
+        return seen
+
+    return lambda: any(isinstance(report, StepMetrics) and report.step >= step for report in seen), read
+
+
+@pytest.mark.parametrize("stop_step", [1, 2, 5])
+def test_resuming_continues_bit_for_bit(bench: Bench, stop_step: int, tmp_path: Path) -> None:
+    config = replace(CONFIG, evaluate_every=2, checkpoint_every=5)
+    validation = text_windows(tmp_path / "validation", T)
+    undisturbed = list(bench.run(config, validation=validation).reports())
+    wanted_files = contents(bench.checkpoints / "step-00000006")
+
+    stop, read = stop_after(stop_step)
+    stopped = read(bench.run(config, validation=validation, stop_requested=stop).reports())
+    assert stopped[-1] == Done(stop_step, "stopped")
+    assert isinstance(stopped[-2], Checkpoint)
+    assert stopped[-2].step == stop_step
+
+    resumed = bench.run(config, seed=77, validation=validation, checkpoints=bench.checkpoints)
+    resumed.resume(bench.checkpoints / f"step-{stop_step:08d}")
+    assert resumed.step == stop_step
+    rest = list(resumed.reports())
+    assert losses(stopped) + losses(rest) == losses(undisturbed)
+    evaluations = [report for report in stopped + rest if isinstance(report, Evaluation)]
+    assert evaluations == [report for report in undisturbed if isinstance(report, Evaluation)]
+    assert contents(bench.checkpoints / "step-00000006") == wanted_files
+
+
+@pytest.mark.parametrize("calls_before_stop", [0, 1, 4, 6, 7, 9])
+def test_a_stop_between_chunks_leaves_the_weights_of_the_step_before(bench: Bench, calls_before_stop: int) -> None:
+    """Of step 3, which asks ten times: two micro-batches, each of two chunks in pass 1 and three in pass 2."""
+    undisturbed = losses(list(bench.run().reports()))
+    asked = itertools.count()
+    run = bench.run(stop_requested=lambda: next(asked) >= 20 + calls_before_stop)
+    reports = []
+    after: dict[str, torch.Tensor] = {}
+    for report in run.reports():
+        reports.append(report)
+        if isinstance(report, StepMetrics):
+            after = weights(bench.model)
+    assert losses(reports) == undisturbed[:2]
+    assert next(asked) == 20 + calls_before_stop + 1  # it was not asked again
+    assert reports[-1] == Done(2, "stopped")
+    assert names(bench.checkpoints) == ["step-00000002"]
+    assert_same_weights(bench.model, after)
+    assert_same_weights(load_model(bench.checkpoints / "step-00000002"), after)
+    assert not any(parameter.grad is not None and parameter.grad.any() for parameter in bench.model.parameters())
+
+
+def test_a_stop_before_the_first_step_saves_the_start(bench: Bench) -> None:
+    reports = list(bench.run(stop_requested=lambda: True).reports())
+    assert [type(report) for report in reports] == [Checkpoint, Done]
+    assert reports[-1] == Done(0, "stopped")
+    assert_same_weights(load_model(bench.checkpoints / "step-00000000"), weights(Performer(TINY).initialize(5)))
+
+
+def test_a_resumed_run_that_is_over_ends_at_once(bench: Bench) -> None:
+    list(bench.run().reports())
+    folder = bench.checkpoints / "step-00000006"
+    before = contents(folder)
+    run = bench.run(checkpoints=bench.checkpoints)
+    run.resume(folder)
+    assert list(run.reports()) == [Done(6, "completed")]
+    assert contents(folder) == before
+
+
+def test_the_validation_loss_is_the_reference_s(bench: Bench, tmp_path: Path) -> None:
+    validation = text_windows(tmp_path / "validation", T)
+    config = replace(CONFIG, steps=1, evaluate_every=1, evaluate_sequences=3)
+    reports = list(bench.run(config, validation=validation).reports())
+    evaluation = reports[1]
+    assert isinstance(evaluation, Evaluation)
+    with torch.no_grad():
+        wanted = reference_loss(bench.model, *validation.validation(0, 3)).item()
+    assert evaluation.loss == pytest.approx(wanted, rel=1e-5)
+    assert isinstance(reports[2], Checkpoint)
+    assert reports[2].validation_loss == evaluation.loss
+
+
+def test_an_evaluation_takes_no_more_sequences_than_there_are(bench: Bench, tmp_path: Path) -> None:
+    source = write_text(tmp_path / "short", ["assert"])
+    short = Windows(train_tokens(source, 2 * T + 1), T, seed=0)
+    assert short.per_epoch == 2
+    config = replace(CONFIG, steps=1, evaluate_every=1, evaluate_sequences=100)
+    evaluation = list(bench.run(config, validation=short).reports())[1]
+    assert isinstance(evaluation, Evaluation)
+    with torch.no_grad():
+        wanted = reference_loss(bench.model, *short.validation(0, 2)).item()
+    assert evaluation.loss == pytest.approx(wanted, rel=1e-5)
+
+
+def train_tokens(source: Path, count: int) -> Path:
+    """A token file of the first `count` bytes of a text."""
+    path = source.with_name("tokens.bin")
+    path.write_bytes(b"".join(bytes([byte, 0]) for byte in source.read_bytes()[:count]))
+    return path
+
+
+def scripted(
+    bench: Bench,
+    monkeypatch: pytest.MonkeyPatch,
+    validation_losses: list[float],
+    resume: Path | None = None,
+    **changes: object,
+) -> list[tuple[str, int, object]]:
+    """A run whose evaluations give what the script says: (kind, step, what matters) of each report but the metrics."""
+    script = iter(validation_losses)
+    monkeypatch.setattr(train, "evaluate_loss", lambda *_args, **_options: next(script) * T)
+    config = TrainConfig.from_json({**CONFIG.to_json(), "batch_size": 1, "evaluate_sequences": 1, **changes})
+    run = bench.run(config, validation=bench.data, checkpoints=None if resume is None else resume.parent)
+    if resume is not None:
+        run.resume(resume)
+    events: list[tuple[str, int, object]] = []
+    for report in run.reports():
+        match report:
+            case Evaluation(step, loss):
+                events.append(("evaluation", step, pytest.approx(loss)))
+            case Checkpoint(step, _, _, loss):
+                events.append(("checkpoint", step, loss if loss is None else pytest.approx(loss)))
+            case Done(step, reason):
+                events.append(("done", step, reason))
+    return events
+
+
+def test_a_checkpoint_for_every_best_loss_every_so_often_and_at_the_end(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert scripted(bench, monkeypatch, [3.0, 3.5, 2.5, 2.6], steps=7, evaluate_every=2, checkpoint_every=5) == [
+        ("evaluation", 2, 3.0),
+        ("checkpoint", 2, 3.0),
+        ("evaluation", 4, 3.5),
+        ("checkpoint", 5, None),
+        ("evaluation", 6, 2.5),
+        ("checkpoint", 6, 2.5),
+        ("evaluation", 7, 2.6),
+        ("checkpoint", 7, 2.6),
+        ("done", 7, "completed"),
+    ]
+    assert len(names(bench.checkpoints)) == 4
+
+
+def test_one_checkpoint_when_two_rules_want_one(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = scripted(bench, monkeypatch, [3.0, 2.0], steps=2, evaluate_every=1, checkpoint_every=1)
+    assert [event[:2] for event in events] == [
+        ("evaluation", 1),
+        ("checkpoint", 1),
+        ("evaluation", 2),
+        ("checkpoint", 2),
+        ("done", 2),
+    ]
+
+
+def test_a_validation_set_without_an_interval_is_used_at_the_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = scripted(bench, monkeypatch, [3.0], steps=3)
+    assert events == [("evaluation", 3, 3.0), ("checkpoint", 3, 3.0), ("done", 3, "completed")]
+
+
+def test_early_stopping_wants_min_delta_within_patience(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2.95 is the best loss so far, and saved as such, but no improvement by 0.1; 2.8 is one."""
+    script = [3.0, 2.95, 2.8, 2.9, 2.75, 2.0]
+    stopping = {"patience": 2, "min_delta": 0.1}
+    events = scripted(bench, monkeypatch, script, steps=50, evaluate_every=1, early_stopping=stopping)
+    assert events == [
+        ("evaluation", 1, 3.0),
+        ("checkpoint", 1, 3.0),
+        ("evaluation", 2, 2.95),
+        ("checkpoint", 2, 2.95),
+        ("evaluation", 3, 2.8),
+        ("checkpoint", 3, 2.8),
+        ("evaluation", 4, 2.9),
+        ("evaluation", 5, 2.75),
+        ("checkpoint", 5, 2.75),
+        ("done", 5, "early_stopping"),
+    ]
+
+
+def test_patience_and_the_best_loss_survive_a_resume(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopping = {"patience": 2}
+    options: dict[str, Any] = {"steps": 50, "evaluate_every": 1, "checkpoint_every": 1, "early_stopping": stopping}
+    first = scripted(bench, monkeypatch, [3.0, 3.2, 3.1], **options)
+    assert first[-1] == ("done", 3, "early_stopping")
+    checkpoints = bench.checkpoints
+    again = scripted(bench, monkeypatch, [3.1, 1.0], resume=checkpoints / "step-00000002", **options)
+    assert again == [("evaluation", 3, 3.1), ("checkpoint", 3, 3.1), ("done", 3, "early_stopping")]
+    over = scripted(bench, monkeypatch, [], resume=checkpoints / "step-00000003", **options)
+    assert over == [("done", 3, "early_stopping")]
+
+
+def test_divergence_is_an_error_that_leaves_the_last_checkpoint(bench: Bench) -> None:
+    # Each step multiplies every matrix by 1 - 10 * 9.
+    optimizer = OptimizerConfig(learning_rate=10.0, weight_decay=9.0)
+    config = replace(
+        CONFIG,
+        steps=100,
+        optimizer=optimizer,
+        schedule=ScheduleConfig("constant"),
+        gradient_clip=None,
+        checkpoint_every=2,
+    )
+    reports: list[Report] = []
+    with pytest.raises(DivergedError) as caught:
+        reports.extend(bench.run(config).reports())
+    curve = losses(reports)
+    assert all(math.isfinite(loss) for loss in curve)
+    assert caught.value.step == len(curve) + 1 > 2
+    assert f"step {caught.value.step}" in str(caught.value)
+    for tensor in bench.model.state_dict().values():
+        assert tensor.isfinite().all()
+    saved = names(bench.checkpoints)
+    assert saved == [f"step-{step:08d}" for step in range(2, len(curve) + 1, 2)]
+    verify_checkpoint(bench.checkpoints / saved[-1])
+    load_model(bench.checkpoints / saved[-1])
+
+
+def test_the_plan_changes_no_loss(bench: Bench) -> None:
+    plans = [a_plan(T, "keep", 3), a_plan(16, "keep", 1), a_plan(33, "reverse", 2), a_plan(7, "reverse", 3)]
+    curves = [losses(list(bench.run(plan=plan).reports())) for plan in plans]
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], rel=1e-5)
+
+
+def test_weight_decay_is_for_matrices(bench: Bench) -> None:
+    model = Performer(TINY).initialize(0)
+    optimizer = make_optimizer(model, OptimizerConfig(weight_decay=0.3))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.dim() == 2 and name != "embedding.weight"
+        assert decay[id(parameter)] == (0.3 if is_matrix else 0.0), name
+    assert optimizer.defaults["betas"] == (0.9, 0.98)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "wanted"),
+    [
+        (ScheduleConfig("constant"), [1.0] * 9),
+        (ScheduleConfig("constant", warmup_steps=4), [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1]),
+        (ScheduleConfig("cosine", final_fraction=0.0), [1, 0.9619398, 0.8535534, 0.6913417, 0.5, 0.3086583]),
+        (
+            ScheduleConfig("cosine", warmup_steps=4, final_fraction=0.2),
+            [0.25, 0.5, 0.75, 1, 1, 0.8828427, 0.6, 0.3171573, 0.2, 0.2],
+        ),
+        (ScheduleConfig("cosine", warmup_steps=16), [1 / 16, 2 / 16]),
+    ],
+)
+def test_learning_rate(schedule: ScheduleConfig, wanted: list[float]) -> None:
+    rates = [learning_rate(step, 8, 2.0, schedule) for step in range(len(wanted))]
+    assert rates == pytest.approx([2.0 * fraction for fraction in wanted], rel=1e-6)
