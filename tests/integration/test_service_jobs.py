@@ -176,10 +176,14 @@ def test_calibrations_replace_each_other_and_are_counted(bind: Engine) -> None:
         assert calibrations.current(session) is None
         assert calibrations.store(session, "cpu", "w1", {"rate": 1.0}) == 1
         assert calibrations.store(session, "cpu", "w2", {"rate": float("nan")}) == 2
-        assert calibrations.store(session, "cuda", "w2", {"rate": 3.0}) == 1
     with transaction(bind) as session:
         assert calibrations.current(session) == {"rate": None}
-        assert calibrations.current(session, "cuda") == {"rate": 3.0}
+        assert calibrations.store(session, "cuda", "w2", {"rate": 3.0}) == 1
+    with transaction(bind) as session:
+        assert calibrations.current(session) == {"rate": 3.0}
+        assert calibrations.store(session, "cpu", "w1", {"rate": 4.0}) == 3
+    with transaction(bind) as session:
+        assert calibrations.current(session) == {"rate": 4.0}
 
 
 def test_one_holder_of_an_advisory_lock_at_a_time(bind: Engine) -> None:

@@ -191,7 +191,7 @@ def test_the_first_chunk_starts_from_exact_zeros(policy: StatePolicy, monkeypatc
 
     monkeypatch.setattr(Performer, "forward_chunk", forward_chunk)
     config = small_config()
-    stepped(a_model(config), *a_batch(config, batch=1, length=300), 10, policy)
+    stepped(a_model(config, torch.float64), *a_batch(config, batch=1, length=300), 10, policy)
     assert len(first_entries) == config.num_layers
     assert not any(state.any() for state in first_entries)
 
