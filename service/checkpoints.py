@@ -11,8 +11,7 @@ from sqlalchemy.orm import Session
 from service import events, runs
 from service.errors import NotFoundError
 from service.jsonable import finite
-from service.models import Checkpoint, Job
-from service.status import JobStatus
+from service.models import Checkpoint, Job, Model
 
 
 def register(
@@ -65,7 +64,11 @@ def get(session: Session, job: Job, which: str) -> Checkpoint:
         query = query.where(Checkpoint.is_best)
     elif which.isascii() and which.isdigit() and len(which) <= 18:
         query = query.where(Checkpoint.step == int(which))
-    elif which not in ("latest", "final") or (which == "final" and job.status != JobStatus.SUCCEEDED):
+    elif which == "final":
+        # The output may have been deleted, and the checkpoint with it.
+        output = select(Model.step).where(Model.id == job.output_model_id).scalar_subquery()
+        query = query.where(Checkpoint.step == output)
+    elif which != "latest":
         raise NotFoundError("checkpoint", which)
     found = session.scalars(query).one_or_none()
     if found is None:

@@ -216,7 +216,7 @@ class TrainConfig(_Json):
     evaluate_sequences: int = 8
     """Validation sequences of length T per evaluation, at most."""
     checkpoint_every: int | None = None
-    """Steps between checkpoints; None for the one at the end only."""
+    """Steps between checkpoints (and one at the end); None for one every five minutes."""
     early_stopping: EarlyStoppingConfig | None = None
     seed: int = 0
     """Of the initial weights and the order of the data."""

@@ -16,7 +16,15 @@ import torch
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+_REFUSED = re.compile(
+    "can't allocate memory|Cannot allocate memory|not enough memory|bad_alloc"
+    "|could not create a primitive"  # oneDNN's word for it
+)
 _RESET_PEAK_RSS = "5"  # proc_pid_clear_refs(5)
+
+
+READING_EXCESS_BYTES = 8 << 20
+"""A CPU meter's reading may exceed the truth by this much, in a step that maps pages of a library for the first time."""
 
 
 class MemoryMeter(Protocol):
@@ -96,9 +104,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation was refused. On a CPU torch raises a RuntimeError that only its text tells from others."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, (RuntimeError, OSError)) and bool(
-        re.search(r"can't allocate memory|Cannot allocate memory|not enough memory|bad_alloc", str(error))
-    )
+    return isinstance(error, (RuntimeError, OSError)) and bool(_REFUSED.search(str(error)))
 
 
 def private_bytes() -> int:

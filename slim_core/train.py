@@ -20,6 +20,9 @@ from slim_core.planning.plan import Plan
 from slim_core.step import count_targets, evaluate_loss, slim_step
 from slim_core.weights.checkpoint import CheckpointFile, checkpoint_name, load_training, save_checkpoint
 
+CHECKPOINT_SECONDS = 300.0
+"""Time between checkpoints of a run that names no number of steps: what a crash may cost it."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
@@ -115,6 +118,7 @@ class TrainingRun:
         self._optimizer = make_optimizer(model, config.optimizer)
         self._progress = _Progress()
         self._saved_step: int | None = None
+        self._saved_at = time.monotonic()
         self._validation_loss: float | None = None
         """Of the weights as they are now; None when not evaluated."""
 
@@ -145,7 +149,7 @@ class TrainingRun:
             if self._validation is not None and (last or _due(step, config.evaluate_every)):
                 evaluation, improved = self._evaluate(self._validation)
                 yield evaluation
-            if improved or _due(step, config.checkpoint_every):
+            if improved or self._checkpoint_due():
                 yield self._save()
         if reason == "completed" and self._progress.step < config.steps:
             reason = "early_stopping"
@@ -182,21 +186,22 @@ class TrainingRun:
         )
 
     def _accumulate_gradients(self, step: int) -> float:
-        tokens, targets = (part.to(self._device) for part in self._data.batch(step, self._config.batch_size))
-        normaliser = count_targets(targets)
-        micro_batch = self._plan.micro_batch_size
-        return sum(
-            slim_step(
+        batch_size, micro_batch = self._config.batch_size, self._plan.micro_batch_size
+        loss = 0.0
+        for first in range(0, batch_size, micro_batch):
+            count = min(micro_batch, batch_size - first)
+            # One micro-batch at a time: the token ids of the others would be memory that no plan counts.
+            tokens, targets = (part.to(self._device) for part in self._data.batch(step * batch_size + first, count))
+            loss += slim_step(
                 self._model,
-                tokens[first : first + micro_batch],
-                targets[first : first + micro_batch],
+                tokens,
+                targets,
                 chunk_length=self._plan.chunk_length,
                 state_policy=self._plan.state_policy,
-                normaliser=normaliser,
+                normaliser=batch_size * self._config.sequence_length,
                 between_chunks=self._stop_between_chunks,
             )
-            for first in range(0, self._config.batch_size, micro_batch)
-        )
+        return loss
 
     def _stop_between_chunks(self) -> None:
         if self._stop_requested():
@@ -211,10 +216,12 @@ class TrainingRun:
         count = min(self._config.evaluate_sequences, validation.per_epoch)
         total, targets_seen = 0.0, 0
         for index in range(count):
-            tokens, targets = (part.to(self._device) for part in validation.validation(index, batch_size=1))
+            tokens, targets = (part.to(self._device) for part in validation.validation(index, count=1))
             total += evaluate_loss(self._model, tokens, targets, chunk_length=self._plan.chunk_length)
             targets_seen += count_targets(targets)
         loss = total / targets_seen
+        if not math.isfinite(loss):
+            raise DivergedError(self._progress.step, "the validation loss")
         self._validation_loss = loss
         progress, stopping = self._progress, self._config.early_stopping
         best = progress.best_validation_loss
@@ -229,11 +236,18 @@ class TrainingRun:
         stopping = self._config.early_stopping
         return stopping is not None and self._progress.evaluations_without_improvement >= stopping.patience
 
+    def _checkpoint_due(self) -> bool:
+        every = self._config.checkpoint_every
+        if every is None:
+            return time.monotonic() - self._saved_at >= CHECKPOINT_SECONDS
+        return _due(self._progress.step, every)
+
     def _save(self) -> Checkpoint:
         progress = self._progress
         training = asdict(progress)
         files = save_checkpoint(self._checkpoints_dir, training.pop("step"), self._model, self._optimizer, training)
         self._saved_step = progress.step
+        self._saved_at = time.monotonic()
         return Checkpoint(progress.step, checkpoint_name(progress.step), files, self._validation_loss)
 
 

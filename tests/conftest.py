@@ -16,6 +16,10 @@ import redis
 
 from cli.embedded import EmbeddedServers
 
+# Tests run side by side. Threads of torch that spin while they wait would take the cores from each other; the library
+# reads this when it loads, and trainers inherit it.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = "slimtune_template"
 SCRATCH = "slimtune-tests-"

@@ -5,7 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-ALLOWED = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "LD_LIBRARY_PATH", "TMPDIR", "PYTHONDONTWRITEBYTECODE")
+ALLOWED = (
+    "PATH",
+    "LANG",
+    "LC_ALL",
+    "PYTHONPATH",
+    "LD_LIBRARY_PATH",
+    "TMPDIR",
+    "PYTHONDONTWRITEBYTECODE",
+    "CUDA_DEVICE_ORDER",
+    "CUDA_VISIBLE_DEVICES",
+    "GOMP_SPINCOUNT",  # 0 on a machine that is shared: waiting threads sleep instead of taking a core from others
+)
 """What a trainer may inherit. Anything else, the database URL and keys above all, stays with the supervisor."""
 
 

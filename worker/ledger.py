@@ -87,6 +87,7 @@ class Ledger:
         """Forget what was not written: the database refuses it, and the end of the run must still be written."""
         self._pending.clear()
         self.progressed = False
+        self.last_checkpoint = None
 
     def beat(self) -> None:
         """Write if something is due: a heartbeat, a second's metrics, anything else at once.

@@ -51,7 +51,8 @@ class Ending:
 
 def conclude(session: Session, job: ClaimedJob, desired: Desired, ending: Ending) -> Job:
     """End the run or give the job back, as `ending` and the user's wish have it. Raises FencedError."""
-    if ending.done is not None and ending.done.reason != "stopped" and ending.final_checkpoint:
+    completed = ending.done is not None and ending.done.reason != "stopped" and ending.failure is None
+    if completed and ending.final_checkpoint:
         return runs.finish(session, job.id, job.attempt, JobStatus.SUCCEEDED)
     if _was_stopped(ending):
         return _rest(session, job, desired, ending)
@@ -124,10 +125,12 @@ def _smaller_plan(session: Session, job: ClaimedJob) -> Plan | None:
         steps=train.steps,
         evaluates=train.evaluate_every is not None,
     )
-    calibration = default_calibration() if stored is None else Calibration.from_json(stored)
     try:
+        calibration = default_calibration() if stored is None else Calibration.from_json(stored)
         return plan_job(workload, job.memory_cap_bytes, calibration, max_positions=max_positions)
     except MemoryCapInfeasibleError:
+        return None
+    except ValueError:  # a calibration of another version, which the next worker start replaces
         return None
 
 

@@ -15,6 +15,7 @@ import errno
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import traceback
@@ -25,8 +26,8 @@ import torch
 
 from slim_core.calibrate import warm_up
 from slim_core.config import ModelConfig, TrainConfig
-from slim_core.data.dataset import DatasetError, Windows, token_file
-from slim_core.memory import MemoryMeter, is_out_of_memory, make_meter, pick_device
+from slim_core.data.dataset import BROKEN_DATASET, DatasetError, Windows, token_file, token_path
+from slim_core.memory import READING_EXCESS_BYTES, MemoryMeter, is_out_of_memory, make_meter, pick_device
 from slim_core.model import Performer
 from slim_core.planning import Plan
 from slim_core.train import Checkpoint, DivergedError, Done, Evaluation, StepMetrics, TrainingRun
@@ -49,7 +50,7 @@ class Reporter:
         self._pipe = os.fdopen(descriptor, "w", buffering=1, encoding="utf-8")
 
     def send(self, message_type: str, **fields: Any) -> None:
-        """One message; numbers that are not finite become null, which JSON can say."""
+        """One message. A number that is not finite is written as Python does; the supervisor makes it null."""
         self._pipe.write(json.dumps({"type": message_type, **fields}) + "\n")
 
 
@@ -83,15 +84,31 @@ def main() -> int:
     meter = make_meter(device)
     run: TrainingRun | None = None
     try:
+        _tokenise([spec["dataset_path"], spec["validation_path"]])
         meter.enforce_cap(spec["memory_cap_bytes"])
         run = _load(spec, device, meter, stop)
         reporter.send("started", step=run.step)
-        return _train(run, reporter, spec["memory_cap_bytes"])
+        return _train(run, reporter, meter, spec["memory_cap_bytes"])
     except Exception as error:  # noqa: BLE001  # whatever it is, the supervisor must hear of it
         traceback.print_exc()
         step = run.step if run is not None else None
         reporter.send("error", step=step, peak_bytes=meter.peak_bytes(), **_explain(error))
         return EXIT_MEMORY if is_out_of_memory(error) else EXIT_ERROR
+
+
+def _tokenise(paths: list[str | None]) -> None:
+    """Make the token files that are not there yet, in a process of its own: a document is parsed whole, however long it
+    is, and what that takes must not count against the cap or stay in this process's heap. Raises DatasetError.
+    """
+    missing = [path for path in paths if path is not None and not token_path(Path(path)).exists()]
+    if not missing:
+        return
+    command = [sys.executable, "-m", "slim_core.data.dataset", *missing]
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    if result.returncode == BROKEN_DATASET:
+        raise DatasetError(result.stderr.splitlines()[-1])
+    if result.returncode:
+        raise RuntimeError(f"tokenising ended with status {result.returncode}: {result.stderr[-500:]}")
 
 
 def _load(spec: dict[str, Any], device: torch.device, meter: MemoryMeter, stop: Stop) -> TrainingRun:
@@ -113,16 +130,15 @@ def _load(spec: dict[str, Any], device: torch.device, meter: MemoryMeter, stop: 
     return run
 
 
-def _train(run: TrainingRun, reporter: Reporter, cap_bytes: int) -> int:
+def _train(run: TrainingRun, reporter: Reporter, meter: MemoryMeter, cap_bytes: int) -> int:
     reason = ""
     for report in run.reports():
+        # The limit counts reserved memory; what a library had reserved before may be touched later.
+        if (peak := meter.peak_bytes()) > cap_bytes + READING_EXCESS_BYTES:
+            raise MemoryCapExceededError(f"{peak} bytes held, {cap_bytes} allowed")
         reporter.send(_MESSAGE_TYPES[type(report)], **dataclasses.asdict(report))
-        match report:
-            case StepMetrics(peak_bytes=peak) if peak > cap_bytes:
-                # The limit counts reserved memory; what a library had reserved before may be touched later.
-                raise MemoryCapExceededError(f"{peak} bytes held, {cap_bytes} allowed")
-            case Done():
-                reason = report.reason
+        if isinstance(report, Done):
+            reason = report.reason
     return EXIT_STOPPED if reason == "stopped" else EXIT_DONE
 
 

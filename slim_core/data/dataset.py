@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,15 +29,20 @@ class DatasetError(ValueError):
     """A dataset that cannot be trained on; the message says why."""
 
 
+def token_path(source: Path) -> Path:
+    """Where the token file of a `.txt` or `.jsonl` file is, or will be."""
+    return source.with_name("tokens-bytes.bin")
+
+
 def token_file(source: Path) -> Path:
     """The token file of a `.txt` or `.jsonl` file, made beside it on first use. Memory does not depend on its size.
 
     Complete or absent, also when the machine stops meanwhile. Raises DatasetError, naming the line, for broken input.
     """
-    target = source.with_name("tokens-bytes.bin")
+    target = token_path(source)
     if target.exists():
         return target
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f"{target.name}.{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("wb") as file:
             for document in _documents(source):
@@ -48,6 +55,22 @@ def token_file(source: Path) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return target
+
+
+def main() -> int:
+    """Make the token files of the arguments: `python -m slim_core.data.dataset FILE ...`; 2 and a reason if one is
+    broken."""
+    try:
+        for name in sys.argv[1:]:
+            token_file(Path(name))
+    except DatasetError as error:
+        sys.stderr.write(f"{error}\n")
+        return BROKEN_DATASET
+    return 0
+
+
+BROKEN_DATASET = 2
+"""Exit status of this module as a program for an input that cannot be trained on; the reason is its last line."""
 
 
 def _documents(source: Path) -> Iterator[Iterator[bytes]]:
@@ -70,7 +93,7 @@ def _text_of(line: bytes, number: int) -> bytes:
     try:
         text: Any = json.loads(line)["text"]
         return text.encode()  # type: ignore[no-any-return]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DatasetError(f'line {number}: expected {{"text": "..."}}') from error
 
 
@@ -92,18 +115,21 @@ class Windows:
                 f"the dataset has {len(self._tokens)} tokens; a sequence of {sequence_length} needs one more than that"
             )
 
-    def batch(self, step: int, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Tokens and targets of optimiser step `step` (from 0), each (B, T) int32."""
-        first = step * batch_size
-        return self._stack([self._shuffled_start(first + row) for row in range(batch_size)])
+    def batch(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Tokens and targets of samples `first` to `first + count` of the run, each (count, T) int32.
 
-    def validation(self, first: int, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Windows `first` to `first + batch_size` in the order of the file, each (B, T) int32."""
-        return self._stack([(first + row) * self._length for row in range(batch_size)])
+        Step s of a run with batches of B begins at sample s * B.
+        """
+        return self._stack([self._shuffled_start(first + row) for row in range(count)])
+
+    def validation(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Windows `first` to `first + count` in the order of the file, each (count, T) int32."""
+        return self._stack([(first + row) * self._length for row in range(count)])
 
     def _stack(self, starts: list[int]) -> tuple[Tensor, Tensor]:
-        rows = np.stack([self._tokens[start : start + self._length + 1] for start in starts])
-        batch = torch.from_numpy(rows.astype(np.int32))
+        batch = torch.empty(len(starts), self._length + 1, dtype=torch.int32)
+        for row, start in zip(batch.numpy(), starts, strict=True):
+            row[:] = self._tokens[start : start + self._length + 1]
         return batch[:, :-1], batch[:, 1:]
 
     def _shuffled_start(self, index: int) -> int:
@@ -131,3 +157,7 @@ def permute(index: int, size: int, key: bytes) -> int:
         index = (left << half) | right
         if index < size:
             return index
+
+
+if __name__ == "__main__":
+    sys.exit(main())

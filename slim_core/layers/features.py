@@ -78,7 +78,8 @@ def orthogonal_projection(num_features: int, head_width: int, seed: int) -> Tens
     blocks = []
     for _ in range(math.ceil(num_features / head_width)):
         gaussian = torch.randn(head_width, head_width, generator=generator, dtype=torch.float64)
-        blocks.append(torch.linalg.qr(gaussian).Q.T)
+        q, r = torch.linalg.qr(gaussian)
+        blocks.append((q * r.diagonal().sign()).T)  # uniform over rotations only with these signs (Mezzadri, 2007)
     rows = torch.cat(blocks)[:num_features]
     norms = torch.randn(num_features, head_width, generator=generator, dtype=torch.float64).norm(dim=1, keepdim=True)
     projection: Tensor = (rows * norms).float()

@@ -182,7 +182,10 @@ def _infeasible(
     fixed = smallest.breakdown
     suggestions = [f"raise memory_cap to {smallest.peak_bytes} bytes ({_size(smallest.peak_bytes)}) or more"]
     if longest:
-        suggestions.append(f"shorten sequence_length to {longest} or less")
+        shorter_chunks = chunking is not None and chunking.chunk_length > longest
+        suggestions.append(
+            f"shorten sequence_length to {longest} or less" + (", and chunk_length with it" if shorter_chunks else "")
+        )
     if chunking is not None:
         automatic = min(
             _candidate(workload, schedule, calibration).peak_bytes for schedule in schedules(workload, None, None)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import pytest
 
 from tests.integration.fake_trainer import loss_at
 from tests.integration.stage import Stage, open_stage
+from worker.slot import device_slot
 from worker.supervisor import supervise
 
 
@@ -59,7 +57,7 @@ def test_the_trainer_gets_the_allocator_and_no_secrets(stage: Stage, monkeypatch
     assert set(environment) <= {
         "PATH", "LANG", "LC_ALL", "LC_CTYPE", "PYTHONPATH", "LD_LIBRARY_PATH", "TMPDIR", "PYTHONDONTWRITEBYTECODE",
         "PYTHONUNBUFFERED", "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "OMP_NUM_THREADS",
-        "MKL_NUM_THREADS", "SLIMTUNE_REPORT_FD",
+        "MKL_NUM_THREADS", "SLIMTUNE_REPORT_FD", "GOMP_SPINCOUNT",
     }  # fmt: skip
 
 
@@ -186,13 +184,8 @@ def test_a_message_for_a_job_that_does_not_wait_does_nothing(stage: Stage) -> No
 
 def test_a_device_in_use_takes_no_job(stage: Stage) -> None:
     job_id = stage.create_job(steps=3)
-    locks = stage.settings.data_dir / "locks"
-    locks.mkdir()
-    descriptor = os.open(locks / f"cpu-{platform.node()}.lock", os.O_RDWR | os.O_CREAT)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    try:
+    with device_slot(stage.settings.data_dir, wait_seconds=0) as lock:
+        assert lock is not None
         job = stage.run(job_id)
         assert (job.status, job.attempt) == ("queued", 0)
-    finally:
-        os.close(descriptor)
     assert stage.run(job_id).status == "succeeded"

@@ -27,7 +27,7 @@ def test_no_document_is_in_both_datasets(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("minimum", "unchunked", "cap"),
-    [(300, 700, 500), (300, 717, 500), (303, 309, 303), (300, 300, 300)],
+    [(300, 700, 400), (300, 717, 400), (303, 309, 303), (300, 300, 300)],
 )
 def test_the_cap_can_be_met_and_the_ordinary_step_cannot_meet_it(minimum: int, unchunked: int, cap: int) -> None:
     chosen = choose_cap(plan_with(minimum * MIB, unchunked * MIB))

@@ -131,7 +131,7 @@ def test_each_epoch_visits_each_window_once(count: int, tmp_path: Path) -> None:
 
 def test_batches_are_rows_of_the_order_with_targets_shifted_by_one(tmp_path: Path) -> None:
     windows = Windows(numbered(tmp_path, 505), 10, seed=1)
-    tokens, targets = windows.batch(step=3, batch_size=4)
+    tokens, targets = windows.batch(first=12, count=4)
     assert tokens.shape == targets.shape == (4, 10)
     assert (targets == tokens + 1).all()
     assert (tokens[:, 1:] == tokens[:, :-1] + 1).all()
@@ -142,7 +142,7 @@ def test_batches_are_rows_of_the_order_with_targets_shifted_by_one(tmp_path: Pat
 def test_a_batch_may_span_epochs(tmp_path: Path) -> None:
     windows = Windows(numbered(tmp_path, 55), 10, seed=1)
     assert windows.per_epoch == 5
-    tokens, _ = windows.batch(step=1, batch_size=4)
+    tokens, _ = windows.batch(first=4, count=4)
     assert tokens[:, 0].tolist() == [*starts_of_epoch(windows, 0)[4:], *starts_of_epoch(windows, 1)[:3]]
 
 
@@ -156,7 +156,7 @@ def test_the_order_depends_on_the_seed_and_the_epoch_alone(tmp_path: Path) -> No
 
 def test_validation_windows_are_in_the_order_of_the_file(tmp_path: Path) -> None:
     windows = Windows(numbered(tmp_path, 55), 10, seed=1)
-    tokens, targets = windows.validation(first=2, batch_size=2)
+    tokens, targets = windows.validation(first=2, count=2)
     assert tokens[:, 0].tolist() == [20, 30]
     assert (targets == tokens + 1).all()
 
