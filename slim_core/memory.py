@@ -24,7 +24,7 @@ _RESET_PEAK_RSS = "5"  # proc_pid_clear_refs(5)
 
 
 READING_EXCESS_BYTES = 8 << 20
-"""A CPU meter's reading may exceed the truth by this much, in a step that maps pages of a library for the first time."""
+"""A CPU reading may exceed the truth by this much, in a step that maps pages of a library for the first time."""
 
 
 class MemoryMeter(Protocol):
