@@ -53,7 +53,6 @@ def resolve(session: Session, request: PlanRequest) -> PlannedWorkload:
         sequence_length=train.sequence_length,
         batch_size=train.batch_size,
         steps=train.steps,
-        evaluates=train.evaluate_every is not None,
     )
     chunking = None
     if isinstance(request.chunking, ChunkingFields):

@@ -83,6 +83,7 @@ def _probe(plan: Plan, data: Path, threads: int) -> dict[str, Any]:
         "plan": plan.to_json(),
         "data": str(data),
         "threads": threads,
+        "validation": False,
     }
     environment = trainer_environment(threads) | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "benchmarks" / "probe.py"), json.dumps(spec)]

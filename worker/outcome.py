@@ -123,7 +123,6 @@ def _smaller_plan(session: Session, job: ClaimedJob) -> Plan | None:
         sequence_length=train.sequence_length,
         batch_size=train.batch_size,
         steps=train.steps,
-        evaluates=train.evaluate_every is not None,
     )
     try:
         calibration = default_calibration() if stored is None else Calibration.from_json(stored)

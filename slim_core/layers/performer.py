@@ -126,8 +126,8 @@ class _BlockwiseAttention(torch.autograd.Function):
 class PerformerAttention(nn.Module):
     """Multi-head causal linear attention over one chunk (SLiM, equations 1 to 5).
 
-    The interface that every kind of attention offers to `slim_core.model.Block`: `initial_state`, `forward`,
-    `exit_state` and, where the state can be run backwards, `entry_state`.
+    The interface that every kind of attention offers to `slim_core.model.Block`: `initial_state`, `exit_state` and
+    `forward`, which takes the state at the exit as well where a state can be run backwards.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:

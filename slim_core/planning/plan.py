@@ -38,8 +38,6 @@ class Workload(_Json):
     batch_size: int
     """Sequences per optimiser step, before any split into micro-batches."""
     steps: int
-    evaluates: bool = False
-    """Whether validation runs between steps."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,10 @@ from starlette.testclient import TestClient
 from api.app import create_app
 from cli.embedded import EmbeddedServers
 from service import database
+from service.models import Job
 from service.settings import Settings
 from service.storage import Storage
+from tests.integration.seed import add_dataset, add_job
 
 _numbers = itertools.count(1)
 
@@ -34,6 +36,11 @@ def bind(settings: Settings) -> Iterator[Engine]:
 @pytest.fixture
 def storage(settings: Settings) -> Storage:
     return Storage(settings.data_dir)
+
+
+@pytest.fixture
+def job(bind: Engine, storage: Storage) -> Job:
+    return add_job(bind, add_dataset(bind, storage).id)
 
 
 @pytest.fixture

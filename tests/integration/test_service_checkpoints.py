@@ -13,11 +13,6 @@ from service.storage import Storage
 from tests.integration.seed import add_checkpoint, add_dataset, add_job, claim, write_checkpoint
 
 
-@pytest.fixture
-def job(bind: Engine, storage: Storage) -> Job:
-    return add_job(bind, add_dataset(bind, storage).id)
-
-
 def steps(bind: Engine, job_id: str) -> list[int]:
     with transaction(bind) as session:
         return [row.step for row in checkpoints.page(session, job_id)]
@@ -95,6 +90,22 @@ def test_checkpoints_are_found_by_step_or_name(bind: Engine, storage: Storage, j
         for name in ("../config.json", "config", "", "config.json\0"):
             with pytest.raises(NotFoundError):
                 checkpoints.file_of(found, name)
+
+
+def test_final_is_the_output_and_never_another_checkpoint(bind: Engine, storage: Storage, job: Job) -> None:
+    run = claim(bind, job.id)
+    with transaction(bind) as session:
+        for step in (2, 4):
+            add_checkpoint(session, storage, run, step)
+        ended = runs.finish(session, job.id, run.attempt, "succeeded")
+        assert checkpoints.get(session, ended, "final").step == 4
+        assert ended.output_model_id is not None
+        base_models.delete(session, ended.output_model_id)
+    with transaction(bind) as session:
+        left = jobs.get(session, job.id)
+        assert checkpoints.get(session, left, "latest").step == 2
+        with pytest.raises(NotFoundError):
+            checkpoints.get(session, left, "final")
 
 
 def test_a_model_is_kept_while_an_unfinished_job_starts_from_it(bind: Engine, storage: Storage, job: Job) -> None:

@@ -20,11 +20,6 @@ from service.storage import Storage
 from tests.integration.seed import add_dataset, add_job, claim
 
 
-@pytest.fixture
-def job(bind: Engine, storage: Storage) -> Job:
-    return add_job(bind, add_dataset(bind, storage).id)
-
-
 def force(bind: Engine, job_id: str, status: JobStatus, desired: Desired) -> None:
     """Put a fresh job into any state, past the guards."""
     lease = "now() + interval '1 minute'" if status is JobStatus.RUNNING else "NULL"

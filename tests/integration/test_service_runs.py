@@ -21,11 +21,6 @@ from tests.integration.seed import LEASE_SECONDS, PLAN, add_checkpoint, add_data
 
 
 @pytest.fixture
-def job(bind: Engine, storage: Storage) -> Job:
-    return add_job(bind, add_dataset(bind, storage).id)
-
-
-@pytest.fixture
 def run(bind: Engine, job: Job) -> ClaimedJob:
     return claim(bind, job.id)
 

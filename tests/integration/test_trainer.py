@@ -192,6 +192,16 @@ def test_a_cap_that_is_too_small_is_reported_as_such(start: Start, tmp_path: Pat
     assert names(tmp_path / "checkpoints-0") == []
 
 
+def test_a_long_document_is_tokenised_outside_the_cap(start: Start, tmp_path: Path) -> None:
+    """Parsing it takes several times its size, which no plan counts."""
+    source = tmp_path / "long" / "data.jsonl"
+    source.parent.mkdir()
+    source.write_text(json.dumps({"text": "one long document " * 2_000_000}) + "\n")
+    trainer = start(dataset_path=str(source), validation_path=None, memory_cap_bytes=300 << 20)
+    assert trainer.finish() == 0, tail(trainer.log)
+    assert max(metric.peak_bytes for metric in trainer.of(Metric)) < 300 << 20
+
+
 def one_failure(trainer: Trainer) -> Failure:
     assert trainer.finish() == 1
     (failure,) = trainer.of(Failure)

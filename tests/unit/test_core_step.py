@@ -268,7 +268,7 @@ def attention_inputs(length: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor
 
 @pytest.mark.parametrize("length", [1, 5, 63, 64, 65, 128, 150])
 def test_attention_is_the_recurrence(length: int) -> None:
-    """ALGORITHM.md, section 1: one position after the other."""
+    """The definition, one position after the other (docs/algorithm.md)."""
     q, k, v, entry = attention_inputs(length)
     out, exit_state = causal_linear_attention(q, k, v, entry, 1e-3)
     state = entry

@@ -367,6 +367,33 @@ def test_divergence_is_an_error_that_leaves_the_last_checkpoint(bench: Bench) ->
     load_model(bench.checkpoints / saved[-1])
 
 
+def test_a_validation_loss_that_is_no_number_is_divergence(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slim_core.train.evaluate_loss", lambda *_args, **_options: math.nan)
+    run = bench.run(replace(CONFIG, evaluate_every=2), validation=bench.data)
+    with pytest.raises(DivergedError, match="validation loss of step 2"):
+        list(run.reports())
+
+
+def test_without_an_interval_a_checkpoint_is_due_by_time(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slim_core.train.CHECKPOINT_SECONDS", 0.0)
+    saved = [report.step for report in bench.run().reports() if isinstance(report, Checkpoint)]
+    assert saved == [1, 2, 3, 4, 5, 6]
+
+
+def test_no_more_than_a_micro_batch_of_tokens_is_held(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory model counts the token ids of one micro-batch (`planning.memory_model`)."""
+    asked = []
+    batch = Windows.batch
+
+    def spy(self: Windows, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.append((first, count))
+        return batch(self, first, count)
+
+    monkeypatch.setattr(Windows, "batch", spy)
+    list(bench.run(replace(CONFIG, steps=2)).reports())
+    assert asked == [(0, 2), (2, 1), (3, 2), (5, 1)]
+
+
 def test_the_plan_changes_no_loss(bench: Bench) -> None:
     plans = [a_plan(T, "keep", 3), a_plan(16, "keep", 1), a_plan(33, "reverse", 2), a_plan(7, "reverse", 3)]
     curves = [losses(list(bench.run(plan=plan).reports())) for plan in plans]
