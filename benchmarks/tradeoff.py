@@ -105,7 +105,8 @@ def _draw(points: list[Point], chosen: Plan) -> None:
     )
     above.axhline(CAP_BYTES / MIB, color=colours["cap"], linewidth=1.2)
     above.axhspan(CAP_BYTES / MIB, above.get_ylim()[1], color=colours["cap"], alpha=0.07, linewidth=0)
-    above.margins(y=0.0)
+    low, high = above.get_ylim()
+    above.set_ylim(low - 0.03 * (high - low), high)
     above.text(chunks[-1], CAP_BYTES / MIB, f"cap: {CAP_BYTES // MIB} MiB ", ha="right", va="bottom")
     above.set_ylabel("peak memory of the trainer, MiB")
     above.annotate(

@@ -25,7 +25,7 @@ _MAPPING_THRESHOLD = 4 * _MIB
 """Tensors from this size on are mapped one by one and waste nothing (`worker.environment`)."""
 _HEAP_WASTE = 0.95
 """Holes in the heap, as a share of the live bytes of chunk-sized tensors below the threshold. Fitted to 24 random
-models; of 40 others, drawn after the fit, 36 measured 0.90 to 1.00 of the prediction and two more than it, by 1.1 %."""
+models; of 40 others, drawn after the fit, 36 measured 0.90 to 1.00 of the prediction and two more, by up to 1.1 %."""
 _SAFETY_FRACTION = 0.06
 """Of everything but the runtime and the waste: weight-sized buffers of the libraries, mapped tensors' page rounding."""
 _SAFETY_BYTES = 12 * _MIB
