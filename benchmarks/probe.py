@@ -21,7 +21,7 @@ from slim_core.calibrate import warm_up
 from slim_core.config import ModelConfig, TrainConfig
 from slim_core.data.dataset import Windows
 from slim_core.memory import make_meter, private_bytes
-from slim_core.model import Performer
+from slim_core.model import LanguageModel
 from slim_core.planning import Plan
 from slim_core.train import StepMetrics, TrainingRun
 
@@ -35,7 +35,7 @@ def main() -> None:
     runtime_bytes = private_bytes()
     config = TrainConfig.from_json(spec["train"])
     windows = Windows(Path(spec["data"]), config.sequence_length, config.seed)
-    model = Performer(ModelConfig.from_json(spec["model"])).initialize(config.seed)
+    model = LanguageModel(ModelConfig.from_json(spec["model"])).initialize(config.seed)
     with tempfile.TemporaryDirectory() as folder:
         run = TrainingRun(
             model,

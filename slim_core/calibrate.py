@@ -15,7 +15,7 @@ import torch
 
 from slim_core.config import ModelConfig, OptimizerConfig
 from slim_core.memory import make_meter, pick_device, private_bytes
-from slim_core.model import Performer
+from slim_core.model import LanguageModel
 from slim_core.optim import make_optimizer
 from slim_core.planning import Calibration
 from slim_core.planning.time_model import step_flops
@@ -62,7 +62,7 @@ def _train_steps(
     config: ModelConfig, device: torch.device, sequence_length: int, chunk_length: int, repetitions: int
 ) -> float:
     """Median seconds of a training step, the first one not counted."""
-    model = Performer(config).initialize(seed=0).to(device)
+    model = LanguageModel(config).initialize(seed=0).to(device)
     optimizer = make_optimizer(model, OptimizerConfig())
     tokens = torch.arange(sequence_length).remainder(config.vocab_size).unsqueeze(0).to(device)
     seconds = []

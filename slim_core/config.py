@@ -12,8 +12,11 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-FeatureMap = Literal["squared", "relu", "elu1", "favor"]
-FEATURE_MAPS: tuple[FeatureMap, ...] = typing.get_args(FeatureMap)
+FEATURE_MAPS = ("squared", "relu", "elu1", "favor")
+CUSTOM_FEATURE_MAPS: set[str] = set()
+"""Names that `slim_core.layers.features.register_feature_map` has added."""
+
+Precision = Literal["float32", "bfloat16"]
 
 BYTE_VOCABULARY = 257
 """256 byte values and one document border (`slim_core.data.tokenizer`)."""
@@ -74,7 +77,7 @@ def _require(condition: bool, field_name: str, rule: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig(_Json):
-    """A causal linear-attention model (Performer). The only description of a model anywhere in the project."""
+    """A causal language model of linear attention. The only description of a model anywhere in the project."""
 
     num_layers: int
     """S, number of blocks."""
@@ -86,16 +89,34 @@ class ModelConfig(_Json):
     """F, inner width of the MLP."""
     vocab_size: int = BYTE_VOCABULARY
     """V."""
-    feature_map: FeatureMap = "squared"
-    """g(.) of linear attention: x^2, relu(x), elu(x) + 1, or FAVOR+ positive orthogonal random features."""
+    attention: Literal["performer", "gated", "softmax"] = "performer"
+    """Linear attention of positive features; linear attention that decays by a learned gate; or, as a baseline that
+    needs the whole sequence in one chunk, softmax attention."""
+    feature_map: str = "squared"
+    """g(.) of the performer: x^2, relu(x), elu(x) + 1, FAVOR+ positive orthogonal random features (`favor`), or one
+    that was registered."""
     num_features: int | None = None
-    """M, features per head; only FAVOR+ may set it, the others have M = K. None means K."""
+    """M, features per head; squared, ReLU and ELU have M = K. None means K."""
     feature_seed: int = 0
     """Seed of the FAVOR+ projection, which is drawn from it and saved with the weights."""
-    norm: Literal["pre", "post"] = "pre"
-    """Layer normalisation before each sub-layer (and once before the head), or after each residual sum."""
+    feature_redraw_steps: int | None = None
+    """Optimiser steps after which FAVOR+ draws its projection afresh, from seed and step; None for never."""
+    norm: Literal["pre", "post", "branch"] = "pre"
+    """Layer normalisation before each sub-layer (and once before the head), after each residual sum, or of each
+    sub-layer's output before it is added (the published SLiM code's language models)."""
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    """Of the MLP; SwiGLU has a third matrix."""
+    positions: Literal["sinusoidal", "concatenated", "learned", "rotary", "none"] = "sinusoidal"
+    """Sines and cosines added to the token embedding; concatenated with one of half the width (the published SLiM
+    code); a learned vector added; queries and keys rotated before the feature map; or none."""
+    max_positions: int | None = None
+    """Longest document, for learned positions only."""
     output_projection: bool = True
     """A D x D projection after attention. The paper's layer has none."""
+    attention_bias: bool = False
+    """Biases of queries, keys and values."""
+    tied_embeddings: bool = False
+    """The head reads the embedding's matrix."""
     attention_epsilon: float = 1e-6
     """Added to the attention normaliser, the same everywhere: squared features can bring it close to zero."""
 
@@ -105,17 +126,46 @@ class ModelConfig(_Json):
         _require(
             self.model_width % self.num_heads == 0, "model_width", f"must be a multiple of num_heads ({self.num_heads})"
         )
-        _require(self.model_width % 2 == 0, "model_width", "must be even: half sines, half cosines of the position")
         _require(self.vocab_size <= 65_535, "vocab_size", "must be at most 65535: token files hold 16-bit tokens")
-        _require(self.feature_map in FEATURE_MAPS, "feature_map", f"must be one of {', '.join(FEATURE_MAPS)}")
-        _require(self.norm in ("pre", "post"), "norm", "must be pre or post")
+        _require(self.attention_epsilon > 0, "attention_epsilon", "must be positive")
+        self._check_features()
+        self._check_positions()
+
+    def _check_features(self) -> None:
+        known = [*FEATURE_MAPS, *sorted(CUSTOM_FEATURE_MAPS)]
+        _require(self.feature_map in known, "feature_map", f"must be one of {', '.join(known)}, or registered before")
         _require(
-            self.num_features is None or self.feature_map == "favor",
+            self.num_features is None or self.feature_map not in ("squared", "relu", "elu1"),
             "num_features",
             "only the favor feature map can choose it; the others have as many features as the head is wide",
         )
         _require(self.num_features is None or self.num_features >= 1, "num_features", "must be at least 1")
-        _require(self.attention_epsilon > 0, "attention_epsilon", "must be positive")
+        _require(
+            self.feature_redraw_steps is None or self.feature_map == "favor",
+            "feature_redraw_steps",
+            "only the favor feature map has something to draw",
+        )
+        _require(self.feature_redraw_steps is None or self.feature_redraw_steps >= 1, "feature_redraw_steps", ">= 1")
+
+    def _check_positions(self) -> None:
+        _require(self.model_width % 2 == 0, "model_width", "must be even: half sines, half cosines of the position")
+        _require(
+            self.positions != "concatenated" or self.model_width % 4 == 0,
+            "model_width",
+            "must be a multiple of 4 where positions are concatenated: half of it is theirs",
+        )
+        _require(
+            self.positions != "concatenated" or not self.tied_embeddings,
+            "tied_embeddings",
+            "impossible with concatenated positions: the embedding has half the head's width",
+        )
+        _require(self.positions != "rotary" or self.head_width % 2 == 0, "num_heads", "rotary needs an even head width")
+        _require(
+            (self.max_positions is not None) == (self.positions == "learned"),
+            "max_positions",
+            "goes with learned positions, and only with them",
+        )
+        _require(self.max_positions is None or self.max_positions >= 1, "max_positions", "must be at least 1")
 
     @property
     def head_width(self) -> int:
@@ -125,20 +175,43 @@ class ModelConfig(_Json):
     @property
     def features_per_head(self) -> int:
         """M."""
+        if self.attention == "gated":
+            return self.head_width
         return self.num_features or self.head_width
 
     @property
     def state_size(self) -> int:
-        """Numbers in the attention state of one sequence in one layer: H * M * (K + 1)."""
-        return self.num_heads * self.features_per_head * (self.head_width + 1)
+        """Numbers in the attention state of one sequence in one layer: H * M * (K + 1) of a performer."""
+        match self.attention:
+            case "performer":
+                return self.num_heads * self.features_per_head * (self.head_width + 1)
+            case "gated":
+                return self.num_heads * self.features_per_head * self.head_width
+            case "softmax":
+                return 0
+
+    @property
+    def embedding_width(self) -> int:
+        """Width of a token's own embedding."""
+        return self.model_width // 2 if self.positions == "concatenated" else self.model_width
+
+    @property
+    def mlp_in_width(self) -> int:
+        """Width of the MLP's first matrix product: the gate's as well for SwiGLU."""
+        return self.mlp_width * (2 if self.activation == "swiglu" else 1)
 
     @property
     def num_parameters(self) -> int:
-        """Trained numbers, the FAVOR+ projection not among them."""
+        """Trained numbers of the model itself, the FAVOR+ projection not among them."""
         d, f, v = self.model_width, self.mlp_width, self.vocab_size
-        block = 3 * d * d + 2 * d * f + f + d + 4 * d + (d * d if self.output_projection else 0)
+        attention = 3 * d * d + (d * d if self.output_projection else 0) + (3 * d if self.attention_bias else 0)
+        if self.attention == "gated":
+            attention += d * self.num_heads + self.num_heads + d * d + self.head_width
+        mlp = d * self.mlp_in_width + self.mlp_in_width + f * d + d
         final_norm = 2 * d if self.norm == "pre" else 0
-        return self.num_layers * block + final_norm + 2 * v * d
+        embedding = v * self.embedding_width + (self.max_positions or 0) * d
+        head = 0 if self.tied_embeddings else v * d
+        return self.num_layers * (attention + mlp + 4 * d) + final_norm + embedding + head
 
 
 BUILTIN_MODELS: dict[str, ModelConfig] = {
@@ -153,15 +226,21 @@ BUILTIN_MODELS: dict[str, ModelConfig] = {
 
 @dataclass(frozen=True, slots=True)
 class OptimizerConfig(_Json):
-    """AdamW (Loshchilov and Hutter, ICLR 2019); decay on matrices only, not on biases, norms and embeddings."""
+    """The rule of an update; weight decay on matrices only, not on biases, norms and embeddings."""
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "adafactor", "sgd"] = "adamw"
+    """AdamW (Loshchilov and Hutter, ICLR 2019), Adafactor (Shazeer and Stern, ICML 2018) or SGD with momentum."""
     learning_rate: float = 1e-3
     """Peak of the schedule."""
     weight_decay: float = 0.01
     beta1: float = 0.9
+    """AdamW only."""
     beta2: float = 0.98
+    """AdamW only."""
     epsilon: float = 1e-8
+    """AdamW only."""
+    momentum: float = 0.9
+    """SGD only."""
 
     def __post_init__(self) -> None:
         _require(0 < self.learning_rate <= 10, "learning_rate", "must be above 0 and at most 10")
@@ -169,6 +248,22 @@ class OptimizerConfig(_Json):
         _require(0 <= self.beta1 < 1, "beta1", "must be at least 0 and below 1")
         _require(0 <= self.beta2 < 1, "beta2", "must be at least 0 and below 1")
         _require(0 < self.epsilon < 1, "epsilon", "must be above 0 and below 1")
+        _require(0 <= self.momentum < 1, "momentum", "must be at least 0 and below 1")
+
+
+@dataclass(frozen=True, slots=True)
+class LoraConfig(_Json):
+    """Low-rank adapters (Hu et al., "LoRA", ICLR 2022): W + alpha / rank * B A, only A and B trained."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("query", "key_value")
+    """Linear layers of a block by name: query, key_value, output, mlp_in, mlp_out; gate and decay of gated ones."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, "rank", "must be at least 1")
+        _require(self.alpha > 0, "alpha", "must be positive")
+        _require(len(self.targets) > 0, "targets", "must name at least one linear layer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +304,16 @@ class TrainConfig(_Json):
     """Optimiser steps."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    lora: LoraConfig | None = None
+    """Train adapters in place of the model's own weights."""
+    precision: Precision = "float32"
+    """Of matrix products and activations. Weights, states, normalisers and the loss stay in float32."""
+    dropout: float = 0.0
+    """Share of channels set to zero after the embedding, each attention and each MLP."""
+    label_smoothing: float = 0.0
+    """Share of the target's probability that is spread evenly over the vocabulary."""
+    compile: bool = False
+    """Let torch.compile generate code for what lies between matrix products; falls back with a warning."""
     gradient_clip: float | None = 1.0
     """Largest global norm of the gradient; None for no clipping."""
     evaluate_every: int | None = None
@@ -226,6 +331,8 @@ class TrainConfig(_Json):
             _require(getattr(self, name) >= 1, name, "must be at least 1")
         for name in ("evaluate_every", "checkpoint_every"):
             _require(getattr(self, name) is None or getattr(self, name) >= 1, name, "must be at least 1")
+        for name in ("dropout", "label_smoothing"):
+            _require(0 <= getattr(self, name) < 1, name, "must be at least 0 and below 1")
         _require(self.gradient_clip is None or self.gradient_clip > 0, "gradient_clip", "must be positive")
         _require(
             self.early_stopping is None or self.evaluate_every is not None, "early_stopping", "needs evaluate_every"

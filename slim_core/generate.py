@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from slim_core.data import tokenizer
-from slim_core.model import Performer
+from slim_core.model import LanguageModel
 from slim_core.step import chunk_spans
 from slim_core.weights.checkpoint import load_model
 
@@ -21,7 +21,7 @@ _PROMPT_CHUNK = 512
 
 @torch.inference_mode()
 def generate(
-    model: Performer, prompt: Sequence[int], *, max_tokens: int, temperature: float = 0.8, seed: int = 0
+    model: LanguageModel, prompt: Sequence[int], *, max_tokens: int, temperature: float = 0.8, seed: int = 0
 ) -> Iterator[int]:
     """Continue `prompt` by up to `max_tokens` tokens, ending early at a document border.
 
@@ -37,7 +37,7 @@ def generate(
     for span in chunk_spans(len(prompt), _PROMPT_CHUNK):
         hidden, _, states = model.forward_chunk(tokens[:, span], span.start, states)
     for position in range(len(prompt), len(prompt) + max_tokens):
-        logits = model.head(hidden[0, -1])
+        logits = model.logits(hidden[0, -1])
         if temperature == 0:
             token = int(logits.argmax())
         else:

@@ -11,78 +11,180 @@ Legend: B batch, T positions of the sequence, C of a chunk, N = ceil(T / C) chun
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from slim_core.model import IGNORED, Performer
+from slim_core.layers.documents import positions_in_documents
+from slim_core.layers.dropout import NO_DROPOUT, Dropout
+from slim_core.layers.head import IGNORED
+from slim_core.layers.linear import gradients_in_place
+from slim_core.model import Chunk, Documents, States
+from slim_core.planning.memory_model import default_stride
 from slim_core.planning.plan import StatePolicy
 from slim_core.states import Entry, make_store
 
 
+class ChunkedModel(Protocol):
+    """All that the step knows of a model (`slim_core.model.LanguageModel` says what each does)."""
+
+    @property
+    def policies(self) -> tuple[StatePolicy, ...]: ...
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
+
+    def initial_states(self, batch: int) -> States: ...
+
+    def forward_chunk(
+        self,
+        tokens: Tensor,
+        start: int,
+        states: States,
+        *,
+        states_are_exit: bool = ...,
+        documents: Documents | None = ...,
+        dropout: Dropout = ...,
+    ) -> Chunk: ...
+
+    def advance(
+        self, tokens: Tensor, start: int, states: States, *, documents: Documents | None = ..., dropout: Dropout = ...
+    ) -> States: ...
+
+    def loss(self, hidden: Tensor, targets: Tensor, *, scale: float = ..., label_smoothing: float = ...) -> Tensor: ...
+
+
 def slim_step(
-    model: Performer,
+    model: ChunkedModel,
     tokens: Tensor,
     targets: Tensor,
     *,
     chunk_length: int,
     state_policy: StatePolicy,
     normaliser: int,
+    stride: int | None = None,
+    document_starts: Tensor | None = None,
+    dropout: Dropout = NO_DROPOUT,
+    label_smoothing: float = 0.0,
     between_chunks: Callable[[], None] = lambda: None,
 ) -> float:
     """Add the gradient of the mean loss to every parameter's `.grad`; peak memory depends on C, not on T.
 
+    Where a parameter has a `.grad` already, products with the weights add to it in place: no second copy of a
+    gradient ever exists.
+
     Args:
-        tokens, targets: (B, T) integers of any kind; `IGNORED` targets have no loss.
+        tokens, targets: (B, T) integers of any kind; `IGNORED` targets have no loss. Shorter sequences are padded on
+            the right, with any token and `IGNORED` targets.
         chunk_length: C, from 1 up; C >= T is the ordinary full step.
         state_policy: how pass 2 finds the entry states of a chunk (`slim_core.states`); changes no result.
         normaliser: number of targets with a loss in the whole optimiser step, micro-batches together.
+        stride: k of the policy `stride`; None for about sqrt(N).
+        document_starts: (B, T) booleans, true where a document begins: attention never crosses such a border and
+            positions count from it. None for one document a row.
+        dropout: masks of this optimiser step, the same under every plan.
+        label_smoothing: share of the target's probability spread over the vocabulary.
         between_chunks: called before every chunk; may raise to give up the step, whose gradients are then incomplete.
 
     Returns:
         This call's share of the mean loss, in nats per token.
+
+    Raises:
+        ValueError: the model's attention does not work with this policy.
     """
     spans = list(chunk_spans(tokens.shape[1], chunk_length))
-    store = make_store(state_policy, next(model.parameters()).dtype)
+    _check_policy(model, state_policy, len(spans))
+    documents = _Documents(document_starts)
+
+    def advance(number: int, states: States) -> States:
+        between_chunks()
+        span = spans[number]
+        return model.advance(tokens[:, span].long(), span.start, states, documents=documents.of(span), dropout=dropout)
+
+    dtype = next(model.parameters()).dtype
+    store = make_store(state_policy, dtype, stride or default_stride(len(spans)), advance)
     states = model.initial_states(tokens.shape[0])
     with torch.no_grad():
-        for span in spans[:-1]:
-            between_chunks()
-            store.record(states)
-            states = model.advance(tokens[:, span].long(), span.start, states)
+        for number, span in enumerate(spans[:-1]):
+            store.record(states, resets=documents.begin_in(span))
+            states = advance(number, states)
 
     loss = 0.0
     entry = Entry(states, states_are_exit=False)
     exit_grads: list[Tensor] | None = None
     for span in reversed(spans):
-        between_chunks()
         if exit_grads is not None:
             entry = store.entry()
+        between_chunks()
         if not entry.states_are_exit and span.start > 0:
             entry = Entry([state.requires_grad_() for state in entry.states], states_are_exit=False)
-        chunk = model.forward_chunk(
-            tokens[:, span].long(), span.start, entry.states, states_are_exit=entry.states_are_exit
-        )
+        with gradients_in_place():
+            chunk = model.forward_chunk(
+                tokens[:, span].long(),
+                span.start,
+                entry.states,
+                states_are_exit=entry.states_are_exit,
+                documents=documents.of(span),
+                dropout=dropout,
+            )
+            chunk_loss = model.loss(
+                chunk.hidden, targets[:, span].long(), scale=1 / normaliser, label_smoothing=label_smoothing
+            )
         store.visited(chunk)
-        chunk_loss = model.loss_sum(chunk.hidden, targets[:, span].long()) / normaliser
         loss += chunk_loss.item()
         if exit_grads is None:
             chunk_loss.backward()  # type: ignore[no-untyped-call]
         else:
-            torch.autograd.backward([chunk_loss, *chunk.exit_states], [None, *exit_grads])
-        exit_grads = [state.grad for state in chunk.entry_states if state.grad is not None]
+            # Below the lowest trained layer nothing depends on a trained weight, and no state has a gradient.
+            pairs = [p for p in zip(chunk.exit_states, exit_grads, strict=True) if p[0].requires_grad]
+            torch.autograd.backward([chunk_loss, *(s for s, _ in pairs)], [None, *(g for _, g in pairs)])
+        if span.start > 0:
+            exit_grads = [_gradient(state) for state in chunk.entry_states]
     return loss
 
 
+def _check_policy(model: ChunkedModel, policy: StatePolicy, num_chunks: int) -> None:
+    if num_chunks == 1 or policy in model.policies:
+        return
+    if not model.policies:
+        raise ValueError("chunk_length: this model's attention needs the whole sequence in one chunk")
+    raise ValueError(f"state_policy: this model's attention allows {' and '.join(model.policies)}, not {policy}")
+
+
+def _gradient(state: Tensor) -> Tensor:
+    """Of an entry state; zeros where no output of the chunk depends on it, behind a border."""
+    return torch.zeros_like(state) if state.grad is None else state.grad
+
+
+class _Documents:
+    """The borders of documents, cut into chunks."""
+
+    def __init__(self, starts: Tensor | None) -> None:
+        self._starts = starts
+        self._positions = None if starts is None else positions_in_documents(starts)
+
+    def begin_in(self, span: slice) -> bool:
+        return self._starts is not None and bool(self._starts[:, span].any())
+
+    def of(self, span: slice) -> Documents | None:
+        if self._starts is None or self._positions is None:
+            return None
+        starts = self._starts[:, span]
+        return Documents(starts if self.begin_in(span) else None, self._positions[:, span].long())
+
+
 @torch.no_grad()
-def evaluate_loss(model: Performer, tokens: Tensor, targets: Tensor, *, chunk_length: int) -> float:
+def evaluate_loss(
+    model: ChunkedModel, tokens: Tensor, targets: Tensor, *, chunk_length: int, document_starts: Tensor | None = None
+) -> float:
     """Sum of the cross-entropies of (B, T) tokens in nats, chunk by chunk; less memory than a training step at the
     same C."""
+    documents = _Documents(document_starts)
     states = model.initial_states(tokens.shape[0])
     loss = 0.0
     for span in chunk_spans(tokens.shape[1], chunk_length):
-        chunk = model.forward_chunk(tokens[:, span].long(), span.start, states)
-        loss += model.loss_sum(chunk.hidden, targets[:, span].long()).item()
+        chunk = model.forward_chunk(tokens[:, span].long(), span.start, states, documents=documents.of(span))
+        loss += model.loss(chunk.hidden, targets[:, span].long()).item()
         states = chunk.exit_states
     return loss
 

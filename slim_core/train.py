@@ -11,14 +11,17 @@ from typing import Any
 
 import torch
 
+from slim_core.compilation import compile_blocks
 from slim_core.config import TrainConfig
 from slim_core.data.dataset import Windows
+from slim_core.layers.dropout import Dropout
 from slim_core.memory import MemoryMeter
-from slim_core.model import Performer
+from slim_core.model import LanguageModel
 from slim_core.optim import learning_rate, make_optimizer
 from slim_core.planning.plan import Plan
 from slim_core.step import count_targets, evaluate_loss, slim_step
 from slim_core.weights.checkpoint import CheckpointFile, checkpoint_name, load_training, save_checkpoint
+from slim_core.weights.lora import add_adapters
 
 CHECKPOINT_SECONDS = 300.0
 """Time between checkpoints of a run that names no number of steps: what a crash may cost it."""
@@ -97,7 +100,7 @@ class TrainingRun:
 
     def __init__(
         self,
-        model: Performer,
+        model: LanguageModel,
         config: TrainConfig,
         plan: Plan,
         data: Windows,
@@ -115,6 +118,12 @@ class TrainingRun:
         self._meter = meter
         self._stop_requested = stop_requested
         self._device = next(model.parameters()).device
+        if config.lora is not None:
+            add_adapters(model, config.lora, config.seed)
+        if config.precision == "bfloat16":
+            model.compute_dtype = torch.bfloat16
+        if config.compile:
+            compile_blocks(model)
         self._optimizer = make_optimizer(model, config.optimizer)
         self._progress = _Progress()
         self._saved_step: int | None = None
@@ -187,6 +196,7 @@ class TrainingRun:
 
     def _accumulate_gradients(self, step: int) -> float:
         batch_size, micro_batch = self._config.batch_size, self._plan.micro_batch_size
+        self._model.redraw_features(step)
         loss = 0.0
         for first in range(0, batch_size, micro_batch):
             count = min(micro_batch, batch_size - first)
@@ -198,6 +208,8 @@ class TrainingRun:
                 targets,
                 chunk_length=self._plan.chunk_length,
                 state_policy=self._plan.state_policy,
+                dropout=Dropout(self._config.dropout, self._config.seed, step, first_row=first),
+                label_smoothing=self._config.label_smoothing,
                 normaliser=batch_size * self._config.sequence_length,
                 between_chunks=self._stop_between_chunks,
             )

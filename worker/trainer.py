@@ -28,7 +28,7 @@ from slim_core.calibrate import warm_up
 from slim_core.config import ModelConfig, TrainConfig
 from slim_core.data.dataset import BROKEN_DATASET, DatasetError, Windows, token_file, token_path
 from slim_core.memory import READING_EXCESS_BYTES, MemoryMeter, is_out_of_memory, make_meter, pick_device
-from slim_core.model import Performer
+from slim_core.model import LanguageModel
 from slim_core.planning import Plan
 from slim_core.train import Checkpoint, DivergedError, Done, Evaluation, StepMetrics, TrainingRun
 from slim_core.weights.checkpoint import CheckpointError, load_weights
@@ -117,7 +117,7 @@ def _load(spec: dict[str, Any], device: torch.device, meter: MemoryMeter, stop: 
     validation = None
     if spec["validation_path"] is not None:
         validation = Windows(token_file(Path(spec["validation_path"])), config.sequence_length, config.seed)
-    model = Performer(ModelConfig.from_json(spec["model"]))
+    model = LanguageModel(ModelConfig.from_json(spec["model"]))
     if spec["initial_weights"] is None:
         model.initialize(config.seed)
     else:

@@ -6,11 +6,12 @@ Legend: B batch, H heads, C positions of a chunk, K head width, M features.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from slim_core.config import ModelConfig
+from slim_core.config import CUSTOM_FEATURE_MAPS, FEATURE_MAPS, ModelConfig
 
 
 class FeatureMap(nn.Module):
@@ -60,15 +61,29 @@ class Favor(FeatureMap):
 
     def __init__(self, head_width: int, num_features: int, seed: int) -> None:
         super().__init__()
+        self._seed = seed
+        self._drawing = 0
         self.register_buffer("projection", orthogonal_projection(num_features, head_width, seed))
+
+    def redraw(self, drawing: int) -> None:
+        """Take projection number `drawing` of the sequence that the seed defines; number 0 is the first one."""
+        if drawing != self._drawing:
+            num_features, head_width = self.projection.shape
+            self.projection.copy_(orthogonal_projection(num_features, head_width, self._seed + drawing * _NEXT_DRAWING))
+            self._drawing = drawing
 
     def forward(self, x: Tensor, *, is_query: bool) -> Tensor:
         num_features, head_width = self.projection.shape
-        x = x * head_width**-0.25
+        dtype = x.dtype
+        x = x.to(self.projection.dtype) * head_width**-0.25
         exponent = x @ self.projection.T - x.square().sum(-1, keepdim=True) / 2
         if is_query:
             exponent = exponent - exponent.detach().amax(-1, keepdim=True)
-        return torch.exp(exponent) / math.sqrt(num_features)
+        return (torch.exp(exponent) / math.sqrt(num_features)).to(dtype)
+
+
+_NEXT_DRAWING = 1_000_000_007
+"""Between the seeds of two drawings: larger than any layer's distance from another."""
 
 
 def orthogonal_projection(num_features: int, head_width: int, seed: int) -> Tensor:
@@ -86,8 +101,28 @@ def orthogonal_projection(num_features: int, head_width: int, seed: int) -> Tens
     return projection
 
 
+FeatureMapFactory = Callable[[ModelConfig, int], FeatureMap]
+"""(config, number of the layer) -> its feature map, from K to `config.features_per_head` numbers."""
+
+_factories: dict[str, FeatureMapFactory] = {}
+
+
+def register_feature_map(name: str, factory: FeatureMapFactory) -> None:
+    """Let `ModelConfig.feature_map` name a feature map of your own.
+
+    Register it before a config, or a checkpoint that names it, is made or read. Its rows must not depend on each other:
+    chunks would then change the result. Raises ValueError for a name that is taken.
+    """
+    if name in FEATURE_MAPS or name in _factories:
+        raise ValueError(f"feature_map: there is one named {name!r} already")
+    _factories[name] = factory
+    CUSTOM_FEATURE_MAPS.add(name)
+
+
 def make_feature_map(config: ModelConfig, layer: int) -> FeatureMap:
     """The feature map that `config` names. Layers of FAVOR+ draw different projections."""
+    if config.feature_map in _factories:
+        return _factories[config.feature_map](config, layer)
     match config.feature_map:
         case "squared":
             return Squared()
@@ -97,3 +132,5 @@ def make_feature_map(config: ModelConfig, layer: int) -> FeatureMap:
             return Elu1()
         case "favor":
             return Favor(config.head_width, config.features_per_head, seed=config.feature_seed * 1_000_003 + layer)
+        case unknown:
+            raise ValueError(f"feature_map: {unknown!r} is not registered")

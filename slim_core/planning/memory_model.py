@@ -21,6 +21,8 @@ BLOCK = 64
 """Of `slim_core.layers.performer`."""
 
 _MIB = 2**20
+_HEAD_BLOCK_BYTES = 2 * _MIB
+_HEAD_BLOCK_ROWS = 128
 _MAPPING_THRESHOLD = 4 * _MIB
 """Tensors from this size on are mapped one by one and waste nothing (`worker.environment`)."""
 _HEAP_WASTE = 0.95
@@ -44,19 +46,19 @@ class Schedule:
 def predict_peak(workload: Workload, schedule: Schedule, calibration: Calibration) -> MemoryBreakdown:
     """Bytes of the trainer process at its peak: during backward of the widest chunk, in its last layer or its head."""
     model = workload.model
+    if model.attention != "performer":
+        raise ValueError(f"attention: there is no memory model of {model.attention} attention yet")
     chunk_length = min(schedule.chunk_length, workload.sequence_length)
     num_chunks = math.ceil(workload.sequence_length / chunk_length)
     batch = schedule.micro_batch_size
     positions = batch * chunk_length
 
-    saved = saved_sites(model)
-    activations = _bytes(saved, positions)
-    logits_sites = [(3, model.vocab_size)]  # log-probabilities and two gradients
-    backward = max(backward_sites(model), key=lambda sites: _bytes(sites, positions))
-    at_head = _bytes(logits_sites, positions)
-    in_layer = _bytes(backward, positions) + largest_weight_gradient(model)
-    transient = logits_sites if at_head > in_layer else backward
-    waste = _heap_waste([*saved, *transient], positions)
+    saved = _tensors(saved_sites(model), positions)
+    # Logits and log-probabilities of a block of rows; the gradient takes their place.
+    logits = [(2, FLOAT * model.vocab_size * min(positions, head_block_rows(model.vocab_size)))]
+    backward = max((_tensors(sites, positions) for sites in backward_sites(model)), key=_bytes)
+    activations, at_head, in_layer = _bytes(saved), _bytes(logits), _bytes(backward)
+    waste = _heap_waste([*saved, *(logits if at_head > in_layer else backward)])
 
     weights = FLOAT * model.num_parameters
     parameters = weights + FLOAT * _projection_size(model)
@@ -76,27 +78,39 @@ def predict_peak(workload: Workload, schedule: Schedule, calibration: Calibratio
     )
 
 
+def head_block_rows(vocab_size: int) -> int:
+    """Rows whose logits exist at a time (`slim_core.layers.head`): about 2 MiB of them, but enough for a product."""
+    return max(_HEAD_BLOCK_ROWS, _HEAD_BLOCK_BYTES // (FLOAT * vocab_size))
+
+
 Site = tuple[int, int]
 """Tensors of one width: how many, and numbers per position of each."""
 
 
 def saved_sites(model: ModelConfig) -> list[Site]:
     """What the graph of one chunk holds between forward and backward."""
-    d, h, f = model.model_width, model.num_heads, model.mlp_width
+    d, h = model.model_width, model.num_heads
     features = h * model.features_per_head
     layer = [
-        (4, d),  # input, its norm, the sum after attention, its norm (post-norm: input, both sums, the norm between)
+        (4, d),  # inputs of attention and of the MLP, inputs of their norms
         (4, 1),  # mean and scale of two norms
         (2, features),  # g(q), g(k)
         (2, d + h),  # [v, 1]; attention's output and normaliser
-        (2, f),  # before and after the MLP's activation function
+        *_saved_by_mlp(model),
         *_saved_by_feature_map(model),
     ]
     if model.output_projection:
         layer.append((1, d))  # attention's output rearranged, input of the projection
-    head = [(2, d), (2, 1)] if model.norm == "pre" else [(1, d)]  # inputs of the final norm and of the head
+    # Input of the head and its gradient, which is made with the loss; input of the final norm.
+    head = [(3, d), (2, 1)] if model.norm == "pre" else [(2, d)]
     token_ids = [(4, 1)]  # tokens and targets, 64 bits each
     return [(count * model.num_layers, width) for count, width in layer] + head + token_ids
+
+
+def _saved_by_mlp(model: ModelConfig) -> list[Site]:
+    """Before and after the activation function; SwiGLU also saves the gate's, before its product with the other."""
+    f = model.mlp_width
+    return [(2, f)] if model.activation == "gelu" else [(1, 2 * f), (2, f)]
 
 
 def _saved_by_feature_map(model: ModelConfig) -> list[Site]:
@@ -104,45 +118,46 @@ def _saved_by_feature_map(model: ModelConfig) -> list[Site]:
     match model.feature_map:
         case "squared" | "relu" | "elu1":
             return [(2, model.model_width)]  # its input, or relu's result
-        case "favor":
+        case _:  # one that was registered is taken to save as much
             return [(2, model.model_width), (2, model.num_heads * (model.features_per_head + 1))]  # scaled input, exp
 
 
 def backward_sites(model: ModelConfig) -> tuple[list[Site], list[Site]]:
     """What backward holds beside the saved tensors in the last layer, at the MLP and at attention."""
     d, h, f, m = model.model_width, model.num_heads, model.mlp_width, model.features_per_head
-    mlp = [(2, d), (1, f)]  # gradients: residual stream; MLP's inner layer twice, when one saved copy is gone
+    swiglu = model.activation == "swiglu"
+    # Gradients: residual stream; MLP's inner layers, when one saved copy is gone.
+    mlp = [(2, d), (3 if swiglu else 1, f)]
     block_states = h * m * (model.head_width + 1) // BLOCK
     attention = [
         (3, d),  # gradients of the residual stream, of attention's output and its rearrangement
         (1, d + h),  # of numerator and normaliser
         (3, h * m),  # of g(q) and g(k), and one product on its way into them
         (2, max(h * BLOCK, block_states)),  # scores of the blocks; states of the blocks and their gradients
-        (-2, f),  # the MLP's saved tensors are gone when attention's turn comes
+        (-4 if swiglu else -2, f),  # the MLP's saved tensors are gone when attention's turn comes
         (-1, d),
     ]
     return mlp, attention
 
 
-def _bytes(sites: list[Site], positions: int) -> int:
-    return FLOAT * positions * sum(count * width for count, width in sites)
+def _tensors(sites: list[Site], positions: int) -> list[tuple[int, int]]:
+    """How many tensors, and bytes of each."""
+    return [(count, FLOAT * positions * width) for count, width in sites]
 
 
-def _heap_waste(sites: list[Site], positions: int) -> float:
+def _bytes(tensors: list[tuple[int, int]]) -> int:
+    return sum(count * size for count, size in tensors)
+
+
+def _heap_waste(tensors: list[tuple[int, int]]) -> float:
     """Bytes of holes in the heap, at most.
 
     Tensors below the mapping threshold leave holes as they come and go. Into a hole that is large enough malloc puts a
     tensor that it would map otherwise, and at another time maps it beside the hole: of two such tensors at most.
     """
-    small = [(count, width) for count, width in sites if FLOAT * positions * width < _MAPPING_THRESHOLD]
-    mapped = [FLOAT * positions * width for _, width in sites if FLOAT * positions * width >= _MAPPING_THRESHOLD]
-    heap_bytes = max(0, _bytes(small, positions))
+    mapped = [size for _, size in tensors if size >= _MAPPING_THRESHOLD]
+    heap_bytes = max(0, _bytes([(count, size) for count, size in tensors if size < _MAPPING_THRESHOLD]))
     return _HEAP_WASTE * heap_bytes + min(heap_bytes, 2 * max(mapped, default=0))
-
-
-def largest_weight_gradient(model: ModelConfig) -> int:
-    """Bytes of the largest parameter: its new gradient stands beside the accumulated one for a moment."""
-    return FLOAT * model.model_width * max(model.mlp_width, 2 * model.model_width, model.vocab_size)
 
 
 def state_bytes(model: ModelConfig, policy: StatePolicy, num_chunks: int, batch: int) -> int:
@@ -151,7 +166,20 @@ def state_bytes(model: ModelConfig, policy: StatePolicy, num_chunks: int, batch:
     between = 5 * DOUBLE * state
     if num_chunks == 1:
         return between
-    return between + (FLOAT * state * (num_chunks - 1) if policy == "keep" else 0)
+    match policy:
+        case "keep":
+            kept = FLOAT * (num_chunks - 1)
+        case "reverse":
+            kept = 0
+        case "stride":
+            stride = default_stride(num_chunks)
+            kept = FLOAT * math.ceil(num_chunks / stride) + DOUBLE * stride
+    return between + state * kept
+
+
+def default_stride(num_chunks: int) -> int:
+    """Chunks between two kept sets of the policy `stride`, about sqrt(N), which needs the least memory."""
+    return max(1, math.isqrt(num_chunks))
 
 
 def _token_bytes(workload: Workload, batch: int) -> int:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from slim_core.config import ModelConfig, _Json
 
-StatePolicy = Literal["keep", "reverse"]
+StatePolicy = Literal["keep", "reverse", "stride"]
 
 
 @dataclass(frozen=True, slots=True)

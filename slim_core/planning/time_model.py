@@ -29,9 +29,12 @@ def step_seconds(workload: Workload, schedule: Schedule, calibration: Calibratio
     """Predicted seconds of one optimiser step."""
     num_chunks = math.ceil(workload.sequence_length / schedule.chunk_length)
     micro_batches = math.ceil(workload.batch_size / schedule.micro_batch_size)
-    flops = step_flops(workload.model, workload.batch_size * workload.sequence_length, num_chunks)
+    tokens = workload.batch_size * workload.sequence_length
+    flops = step_flops(workload.model, tokens, num_chunks)
     if schedule.state_policy == "reverse" and num_chunks > 1:
-        flops += workload.batch_size * workload.sequence_length * _contribution_flops(workload.model)
+        flops += tokens * _contribution_flops(workload.model)
+    elif schedule.state_policy == "stride" and num_chunks > 1:
+        flops += tokens * _states_flops(workload.model)
     overhead = micro_batches * num_chunks * workload.model.num_layers * calibration.overhead_seconds
     return flops / calibration.flops_per_second + overhead
 
@@ -47,7 +50,7 @@ def _layer_flops(model: ModelConfig) -> float:
     projections = (4 if model.output_projection else 3) * d * d
     within_block = h * BLOCK * (m + k + 1)
     across_blocks = 2 * h * m * (k + 1)
-    return 2.0 * (projections + 2 * d * model.mlp_width + within_block + across_blocks)
+    return 2.0 * (projections + d * (model.mlp_in_width + model.mlp_width) + within_block + across_blocks)
 
 
 def _forward_flops(model: ModelConfig) -> float:

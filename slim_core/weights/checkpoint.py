@@ -1,8 +1,10 @@
 """Checkpoints: a folder that is complete, hashed and on disk, or not there.
 
-model.safetensors      weights (and the FAVOR+ projections)
+model.safetensors      weights (and the FAVOR+ projections); of a run with adapters, with these merged
+adapter.safetensors    the adapters' A and B, where there are adapters
+base.safetensors       likewise the frozen weights beside them, bit for bit: merging rounds and cannot be undone
 config.json            the ModelConfig
-optimizer.safetensors  both moments of AdamW, by parameter
+optimizer.safetensors  the tensors of the optimiser's state, `<parameter>.<name in the state>`
 training.json          step and what the loop needs beside it
 manifest.json          size and SHA-256 of each of the files above
 """
@@ -12,24 +14,33 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from slim_core.config import ModelConfig
-from slim_core.model import Performer
-from slim_core.optim import MOMENTS
+from slim_core.model import LanguageModel
+from slim_core.optim import optimizer_tensors, set_step
+from slim_core.weights.lora import adapters
 
 _BLOCK_BYTES = 1 << 22
 _MODE = 0o644
-"""safetensors creates its files readable by their owner only; another process serves them."""
+"""Whatever the umask is: another process serves the files."""
+
+_DTYPES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+}
+"""Names and order of safetensors, the widest first, so that every tensor is aligned."""
 
 
 class CheckpointError(ValueError):
@@ -51,20 +62,21 @@ def checkpoint_name(step: int) -> str:
 
 
 def save_checkpoint(
-    parent: Path, step: int, model: Performer, optimizer: torch.optim.Optimizer, training: dict[str, Any]
+    parent: Path, step: int, model: LanguageModel, optimizer: torch.optim.Optimizer, training: dict[str, Any]
 ) -> list[CheckpointFile]:
     """Write `parent/step-XXXXXXXX` and return its files, the manifest last.
 
     The folder gets its name when everything in it is on disk, so a folder of that name is a whole checkpoint. One of
-    the same step that is there already is replaced. No tensor is copied. Raises OSError and leaves no temporary folder.
+    the same step that is there already is replaced. No tensor is copied, and adapters are merged into the file, a few
+    rows at a time, not into the model. Raises OSError and leaves no temporary folder.
     """
     final = parent / checkpoint_name(step)
     temporary = final.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        save_file(dict(model.state_dict()), temporary / "model.safetensors")
-        save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+        _write_model(temporary, model)
+        _write_tensors(temporary / "optimizer.safetensors", optimizer_tensors(model, optimizer))
         _write_json(temporary / "config.json", model.config.to_json())
         _write_json(temporary / "training.json", {"step": step, **training})
         files = [_seal(path) for path in sorted(temporary.iterdir())]
@@ -76,40 +88,45 @@ def save_checkpoint(
             shutil.rmtree(final)
         temporary.rename(final)
         _sync(parent)
-    except SafetensorError as error:
-        raise _os_error(error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return files
 
 
-def load_model(folder: Path) -> Performer:
+def load_model(folder: Path) -> LanguageModel:
     """The model of a checkpoint folder, on the CPU. Raises CheckpointError."""
     try:
         config = ModelConfig.from_json(json.loads((folder / "config.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"config.json: {error}") from error
-    model = Performer(config)
+    model = LanguageModel(config)
     load_weights(model, folder)
     return model
 
 
-def load_weights(model: Performer, folder: Path) -> None:
-    """Copy the weights of a checkpoint folder into `model`, tensor by tensor. Raises CheckpointError."""
-    _fill(model.state_dict(), folder / "model.safetensors")
+def load_weights(model: LanguageModel, folder: Path) -> None:
+    """Copy the weights of a checkpoint folder into `model`, tensor by tensor. Raises CheckpointError.
+
+    A model without adapters gets the merged weights of a run that had some; one with adapters needs the checkpoint of
+    such a run, and gets its base and its adapters.
+    """
+    tensors = _tensors(model)
+    _fill(tensors.plain, folder / "model.safetensors", others=tensors.base)
+    if tensors.adapter:
+        _fill(tensors.base, folder / "base.safetensors")
+        _fill(tensors.adapter, folder / "adapter.safetensors", metadata=_adapter_metadata(model))
 
 
-def load_training(model: Performer, optimizer: torch.optim.Optimizer, folder: Path) -> dict[str, Any]:
-    """Copy weights and optimiser moments of a checkpoint folder; returns what `training.json` holds."""
+def load_training(model: LanguageModel, optimizer: torch.optim.Optimizer, folder: Path) -> dict[str, Any]:
+    """Copy weights and the optimiser's state of a checkpoint folder; returns what `training.json` holds."""
     load_weights(model, folder)
     try:
         training: dict[str, Any] = json.loads((folder / "training.json").read_text())
-        step = float(training["step"])
+        step = int(training["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"training.json: {error}") from error
-    for parameter in model.parameters():
-        optimizer.state[parameter]["step"].fill_(step)
-    _fill(_optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")
+    set_step(optimizer, step)
+    _fill(optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")
     return training
 
 
@@ -135,22 +152,79 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _optimizer_tensors(model: Performer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}.{moment}": optimizer.state[parameter][moment]
-        for name, parameter in model.named_parameters()
-        for moment in MOMENTS
-    }
+class _ModelTensors(NamedTuple):
+    """The tensors of a model by where a checkpoint has them; without adapters all are in `plain`."""
+
+    plain: dict[str, Tensor]
+    base: dict[str, Tensor]
+    adapter: dict[str, Tensor]
 
 
-def _fill(targets: dict[str, Tensor], path: Path) -> None:
+def _tensors(model: LanguageModel) -> _ModelTensors:
+    tensors = dict(model.state_dict())
+    layers = adapters(model)
+    base = {f"{name}.weight": tensors.pop(f"{name}.weight") for name in layers}
+    adapter = {key: tensors.pop(key) for name in layers for key in (f"{name}.lora_A", f"{name}.lora_B")}
+    return _ModelTensors(tensors, base, adapter)
+
+
+def _adapter_metadata(model: LanguageModel) -> dict[str, str]:
+    """What A and B mean nothing without."""
+    return {"alpha": str(next(iter(adapters(model).values())).alpha)}
+
+
+def _write_model(folder: Path, model: LanguageModel) -> None:
+    tensors = _tensors(model)
+    merged = {f"{name}.weight": layer.merged_rows() for name, layer in adapters(model).items()}
+    _write_tensors(folder / "model.safetensors", {**tensors.plain, **tensors.base}, values=merged)
+    if tensors.adapter:
+        _write_tensors(folder / "base.safetensors", tensors.base)
+        _write_tensors(folder / "adapter.safetensors", tensors.adapter, metadata=_adapter_metadata(model))
+
+
+def _write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    values: Mapping[str, Iterable[Tensor]] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """A safetensors file, written piece by piece: `values` may give what is written for a tensor, in pieces of rows
+    that need not exist together. safetensors itself wants all tensors at once, in memory.
+
+    Source: https://github.com/huggingface/safetensors#format. Eight bytes of length, a header in JSON, the tensors.
+    """
+    order = list(_DTYPES)
+    names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        dtype, shape = _DTYPES[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            for piece in (values or {}).get(name, (tensors[name],)):
+                file.write(piece.detach().cpu().flatten().view(torch.uint8).numpy().data)
+
+
+def _fill(
+    targets: Mapping[str, Tensor],
+    path: Path,
+    *,
+    others: Iterable[str] = (),
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Copy the tensors of a file into `targets`. It must hold them and `others`, nothing else, and the `metadata`."""
     try:
         with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            if missing := sorted(set(targets) - names):
-                raise CheckpointError(f"{path.name}: no tensor {missing[0]!r}")
-            if unknown := sorted(names - set(targets)):
-                raise CheckpointError(f"{path.name}: unknown tensor {unknown[0]!r}")
+            _check_names({*targets, *others}, set(file.keys()), path)
+            for key, value in (metadata or {}).items():
+                if (found := (file.metadata() or {}).get(key)) != value:
+                    raise CheckpointError(f"{path.name}: {key} is {found}, the run has {value}")
             for name, target in targets.items():
                 source = file.get_tensor(name)
                 if source.shape != target.shape:
@@ -162,10 +236,11 @@ def _fill(targets: dict[str, Tensor], path: Path) -> None:
         raise CheckpointError(f"{path.name}: {error}") from error
 
 
-def _os_error(error: SafetensorError) -> OSError:
-    """The system's error behind one of safetensors, which gives its number in the text only."""
-    number = re.search(r"os error (\d+)", str(error))
-    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
+def _check_names(wanted: set[str], found: set[str], path: Path) -> None:
+    if missing := sorted(wanted - found):
+        raise CheckpointError(f"{path.name}: no tensor {missing[0]!r}")
+    if unknown := sorted(found - wanted):
+        raise CheckpointError(f"{path.name}: unknown tensor {unknown[0]!r}")
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

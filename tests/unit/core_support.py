@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from slim_core.config import FeatureMap, ModelConfig
+from slim_core.config import ModelConfig
 from slim_core.data.dataset import Windows, token_file
-from slim_core.model import IGNORED, Performer
+from slim_core.layers.dropout import NO_DROPOUT, Dropout
+from slim_core.layers.head import IGNORED
+from slim_core.model import LanguageModel
 from slim_core.planning import MemoryBreakdown, Plan, StatePolicy
 from slim_core.reference import reference_loss
 from slim_core.step import count_targets, slim_step
@@ -19,21 +23,23 @@ from slim_core.step import count_targets, slim_step
 torch.set_num_threads(1)  # the tests themselves run side by side
 
 TINY = ModelConfig(num_layers=2, model_width=32, num_heads=2, mlp_width=48)
-POLICIES: tuple[StatePolicy, ...] = ("keep", "reverse")
+POLICIES: tuple[StatePolicy, ...] = ("keep", "reverse", "stride")
 
 
-def a_model(config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> Performer:
+def a_model(config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> LanguageModel:
     """Initialised, then stirred: biases away from 0 and norms away from 1, so that a mistake in any of them shows."""
-    model = Performer(config).initialize(seed)
+    model = LanguageModel(config).initialize(seed)
     generator = torch.Generator().manual_seed(seed + 1)
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     return model.to(dtype)
 
 
-def small_config(feature_map: FeatureMap = "squared", **changes: object) -> ModelConfig:
+def small_config(feature_map: str = "squared", **changes: object) -> ModelConfig:
     """A model of a few thousand weights with an odd number of features where the map allows one."""
     features = {"num_features": 11} if feature_map == "favor" else {}
+    if changes.get("positions") == "learned":
+        features["max_positions"] = 150
     base = {"num_layers": 2, "model_width": 16, "num_heads": 2, "mlp_width": 24, "vocab_size": 19}
     return ModelConfig.from_json({**base, "feature_map": feature_map, **features, **changes})
 
@@ -53,24 +59,32 @@ def a_batch(config: ModelConfig, batch: int, length: int, seed: int = 0, ignored
 Gradients = dict[str, Tensor]
 
 
-def oracle(model: Performer, tokens: Tensor, targets: Tensor) -> tuple[float, Gradients]:
+def oracle(model: LanguageModel, tokens: Tensor, targets: Tensor, **options: Any) -> tuple[float, Gradients]:
     """Loss and gradients of the whole sequence by plain autograd, in the model's precision."""
     model.zero_grad(set_to_none=True)
-    loss = reference_loss(model, tokens, targets)
+    loss = reference_loss(model, tokens, targets, **options)
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.item(), _take_gradients(model)
 
 
 def stepped(
-    model: Performer,
+    model: LanguageModel,
     tokens: Tensor,
     targets: Tensor,
     chunk_length: int,
     state_policy: StatePolicy,
     micro_batch: int | None = None,
+    *,
+    in_place: bool = True,
+    dropout: Dropout = NO_DROPOUT,
+    document_starts: Tensor | None = None,
+    **options: Any,
 ) -> tuple[float, Gradients]:
-    """Loss and gradients by SLiM steps over micro-batches."""
+    """Loss and gradients by SLiM steps over micro-batches, added to gradients that are there or new ones."""
     model.zero_grad(set_to_none=True)
+    if in_place:
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
     micro_batch = micro_batch or tokens.shape[0]
     loss = sum(
         slim_step(
@@ -80,17 +94,20 @@ def stepped(
             chunk_length=chunk_length,
             state_policy=state_policy,
             normaliser=count_targets(targets),
+            dropout=replace(dropout, first_row=first),
+            document_starts=None if document_starts is None else document_starts[first : first + micro_batch],
+            **options,
         )
         for first in range(0, tokens.shape[0], micro_batch)
     )
     return loss, _take_gradients(model)
 
 
-def _take_gradients(model: Performer) -> Gradients:
+def _take_gradients(model: LanguageModel) -> Gradients:
     gradients: Gradients = {}
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, f"no gradient of {name}"
-        gradients[name] = parameter.grad.double()
+        # None is zero: where nothing depends on a weight, as on the gates of a sequence of one position.
+        gradients[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.double()
     model.zero_grad(set_to_none=True)
     return gradients
 

@@ -143,7 +143,7 @@ TRAIN = """
 from pathlib import Path
 from slim_core.config import ModelConfig, TrainConfig
 from slim_core.data.dataset import Windows, token_file
-from slim_core.model import Performer
+from slim_core.model import LanguageModel
 from slim_core.planning import Plan
 from slim_core.train import StepMetrics, TrainingRun
 
@@ -153,7 +153,7 @@ config = TrainConfig(
     sequence_length=arguments["sequence_length"], batch_size=arguments["batch_size"], steps=2, evaluate_every=2,
     evaluate_sequences=1,
 )
-model = Performer(ModelConfig.from_json(arguments["model"])).initialize(0)
+model = LanguageModel(ModelConfig.from_json(arguments["model"])).initialize(0)
 data = Windows(token_file(Path(arguments["text"])), config.sequence_length, seed=0)
 run = TrainingRun(
     model, config, Plan.from_json(arguments["plan"]), data, data, Path(arguments["text"]).parent / "checkpoints", meter

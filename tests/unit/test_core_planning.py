@@ -331,7 +331,7 @@ TRAIN = {"sequence_length": 8, "batch_size": 1, "steps": 1}
         (ModelConfig, MODEL | {"output_projection": 1}, "output_projection"),
         (ModelConfig, MODEL | {"dropout": 0.1}, "dropout"),
         (ModelConfig, {"model_width": 8}, "mlp_width"),
-        (OptimizerConfig, {"name": "sgd"}, "name"),
+        (OptimizerConfig, {"name": "adam"}, "name"),
         (OptimizerConfig, {"learning_rate": 0.0}, "learning_rate"),
         (OptimizerConfig, {"learning_rate": 10.1}, "learning_rate"),
         (OptimizerConfig, {"learning_rate": float("nan")}, "learning_rate"),

@@ -15,7 +15,7 @@ import torch
 from slim_core import train
 from slim_core.config import ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from slim_core.data.dataset import Windows
-from slim_core.model import Performer
+from slim_core.model import LanguageModel
 from slim_core.optim import learning_rate, make_optimizer
 from slim_core.planning import Plan
 from slim_core.reference import reference_loss
@@ -52,7 +52,7 @@ class Bench:
         self.folder = folder
         self.data = text_windows(folder / "data", T, seed=5)
         self.runs = itertools.count()
-        self.model = Performer(TINY)
+        self.model = LanguageModel(TINY)
 
     def run(
         self,
@@ -66,7 +66,7 @@ class Bench:
         model_config: ModelConfig = TINY,
     ) -> TrainingRun:
         """A run of a new model, `self.model`, into a folder of its own, `self.checkpoints`."""
-        self.model = Performer(model_config).initialize(config.seed if seed is None else seed)
+        self.model = LanguageModel(model_config).initialize(config.seed if seed is None else seed)
         self.checkpoints = checkpoints or self.folder / f"checkpoints-{next(self.runs)}"
         return TrainingRun(self.model, config, plan, self.data, validation, self.checkpoints, NoMeter(), stop_requested)
 
@@ -80,11 +80,11 @@ def losses(reports: list[Report]) -> list[float]:
     return [report.loss for report in reports if isinstance(report, StepMetrics)]
 
 
-def weights(model: Performer) -> dict[str, torch.Tensor]:
+def weights(model: LanguageModel) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def assert_same_weights(model: Performer, wanted: dict[str, torch.Tensor]) -> None:
+def assert_same_weights(model: LanguageModel, wanted: dict[str, torch.Tensor]) -> None:
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, wanted[name]), name
 
@@ -124,7 +124,7 @@ def test_the_first_step_is_the_oracle_s(bench: Bench) -> None:
     """Loss and gradient norm of the whole batch, unaltered by chunks, micro-batches or clipping."""
     first = next(bench.run(replace(CONFIG, gradient_clip=1e-3)).reports())
     assert isinstance(first, StepMetrics)
-    model = Performer(TINY).initialize(CONFIG.seed)
+    model = LanguageModel(TINY).initialize(CONFIG.seed)
     loss = reference_loss(model, *bench.data.batch(0, 3))
     loss.backward()  # type: ignore[no-untyped-call]
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
@@ -206,7 +206,7 @@ def test_a_stop_before_the_first_step_saves_the_start(bench: Bench) -> None:
     reports = list(bench.run(stop_requested=lambda: True).reports())
     assert [type(report) for report in reports] == [Checkpoint, Done]
     assert reports[-1] == Done(0, "stopped")
-    assert_same_weights(load_model(bench.checkpoints / "step-00000000"), weights(Performer(TINY).initialize(5)))
+    assert_same_weights(load_model(bench.checkpoints / "step-00000000"), weights(LanguageModel(TINY).initialize(5)))
 
 
 def test_a_resumed_run_that_is_over_ends_at_once(bench: Bench) -> None:
@@ -402,7 +402,7 @@ def test_the_plan_changes_no_loss(bench: Bench) -> None:
 
 
 def test_weight_decay_is_for_matrices(bench: Bench) -> None:
-    model = Performer(TINY).initialize(0)
+    model = LanguageModel(TINY).initialize(0)
     optimizer = make_optimizer(model, OptimizerConfig(weight_decay=0.3))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
