@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
 TORCH := $(shell grep '^torch==' requirements.lock)
 
-.PHONY: help demo up test test-extra lint tradeoff format clean
+.PHONY: help demo up test test-extra lint tradeoff bench paper format clean
 
 help:
 	@echo "make demo        one real training job through the REST API, from upload to a sample; about 3 minutes"
@@ -15,6 +15,8 @@ help:
 	@echo "make test-extra  tests that need something from the system, for example docker compose"
 	@echo "make lint        only the checks: ruff, mypy, import-linter"
 	@echo "make tradeoff    measure memory and time against the number of chunks, and draw it (docs/figures)"
+	@echo "make bench       measure speed and memory beside other implementations (docs/benchmarks.md); over an hour"
+	@echo "make paper       reproduce the claims of the SLiM paper (docs/paper.md); over an hour, can be continued"
 	@echo "make format      let ruff format and fix what it can"
 	@echo "make clean       remove .venv, caches and the data in .slimtune"
 
@@ -56,6 +58,12 @@ lint: $(INSTALLED)
 
 tradeoff: $(INSTALLED)
 	$(BIN)/python benchmarks/tradeoff.py
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.bench
+
+paper: $(INSTALLED)
+	$(BIN)/python -m benchmarks.paper --jobs 2
 
 format: $(INSTALLED)
 	$(BIN)/ruff format

@@ -95,7 +95,8 @@ def saved_sites(model: ModelConfig) -> list[Site]:
         (4, d),  # inputs of attention and of the MLP, inputs of their norms
         (4, 1),  # mean and scale of two norms
         (2, features),  # g(q), g(k)
-        (2, d + h),  # [v, 1]; attention's output and normaliser
+        (2, d),  # v, attention's output
+        (1, h),  # its normaliser
         *_saved_by_mlp(model),
         *_saved_by_feature_map(model),
     ]
@@ -128,11 +129,11 @@ def backward_sites(model: ModelConfig) -> tuple[list[Site], list[Site]]:
     swiglu = model.activation == "swiglu"
     # Gradients: residual stream; MLP's inner layers, when one saved copy is gone.
     mlp = [(2, d), (3 if swiglu else 1, f)]
-    block_states = h * m * (model.head_width + 1) // BLOCK
+    block_states = h * m * model.head_width // BLOCK
     attention = [
-        (3, d),  # gradients of the residual stream, of attention's output and its rearrangement
-        (1, d + h),  # of numerator and normaliser
-        (3, h * m),  # of g(q) and g(k), and one product on its way into them
+        (4, d),  # gradients of the residual stream, of attention's output, of the numerator and of v
+        (1, h),  # of the normaliser
+        (2, h * m),  # of g(q) and g(k)
         (2, max(h * BLOCK, block_states)),  # scores of the blocks; states of the blocks and their gradients
         (-4 if swiglu else -2, f),  # the MLP's saved tensors are gone when attention's turn comes
         (-1, d),
