@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -428,3 +429,53 @@ def test_weight_decay_is_for_matrices(bench: Bench) -> None:
 def test_learning_rate(schedule: ScheduleConfig, wanted: list[float]) -> None:
     rates = [learning_rate(step, 8, 2.0, schedule) for step in range(len(wanted))]
     assert rates == pytest.approx([2.0 * fraction for fraction in wanted], rel=1e-6)
+
+
+REDRAWN = replace(TINY, feature_map="favor", num_features=24, feature_redraw_steps=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "model_config"),
+    [({"dropout": 0.3}, TINY), ({"label_smoothing": 0.2}, TINY), ({"precision": "bfloat16"}, TINY), ({}, REDRAWN)],
+    ids=["dropout", "label-smoothing", "bfloat16", "redrawn-features"],
+)
+def test_every_option_changes_the_run_survives_the_plan_and_resumes(
+    options: dict[str, Any], model_config: ModelConfig, bench: Bench
+) -> None:
+    config = replace(CONFIG, **options)
+    straight = losses(list(bench.run(config, model_config=model_config).reports()))
+    wanted, folder = weights(bench.model), bench.checkpoints
+    plain = replace(model_config, feature_redraw_steps=None)
+    assert straight != losses(list(bench.run(model_config=plain).reports()))
+    other_plan = losses(list(bench.run(config, a_plan(T, "keep", 3), model_config=model_config).reports()))
+    tolerance = 1e-2 if options.get("precision") == "bfloat16" else 1e-5
+    assert other_plan == pytest.approx(straight, rel=tolerance)
+
+    calls = itertools.count()
+    first = bench.run(config, model_config=model_config, stop_requested=lambda: next(calls) > 30)
+    assert 0 < len(losses(list(first.reports()))) < config.steps
+    (half,) = bench.checkpoints.iterdir()
+    second = bench.run(config, model_config=model_config)
+    second.resume(half)
+    assert losses(list(second.reports())) == straight[first.step :]
+    assert_same_weights(bench.model, wanted)
+    assert folder.is_dir()
+
+
+@pytest.mark.slow
+def test_compiled_or_not_the_losses_are_the_same(bench: Bench) -> None:
+    config = replace(CONFIG, compile=True, steps=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a machine without a compiler falls back; torch warns about its own internals
+        compiled = losses(list(bench.run(config).reports()))
+    assert compiled == pytest.approx(losses(list(bench.run(replace(config, compile=False)).reports())), rel=1e-5)
+
+
+def test_without_a_compiler_training_goes_on(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise RuntimeError("no C++ compiler found\nand more")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.warns(RuntimeWarning, match="compile: training goes on without it: no C"):
+        run = bench.run(replace(CONFIG, compile=True, steps=1))
+    assert len(losses(list(run.reports()))) == 1
