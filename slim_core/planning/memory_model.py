@@ -58,7 +58,7 @@ def predict_peak(workload: Workload, schedule: Schedule, calibration: Calibratio
     logits = [(2, FLOAT * model.vocab_size * min(positions, head_block_rows(model.vocab_size)))]
     backward = max((_tensors(sites, positions) for sites in backward_sites(model)), key=_bytes)
     activations, at_head, in_layer = _bytes(saved), _bytes(logits), _bytes(backward)
-    waste = _heap_waste([*saved, *(logits if at_head > in_layer else backward)])
+    waste = _heap_waste([*saved, *logits, *backward])  # the heap keeps the holes of both
 
     weights = FLOAT * model.num_parameters
     parameters = weights + FLOAT * _projection_size(model)
