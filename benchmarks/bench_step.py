@@ -31,10 +31,11 @@ from benchmarks.peer_models import (
 from slim_core.config import BUILTIN_MODELS, ModelConfig, OptimizerConfig
 from slim_core.model import LanguageModel
 from slim_core.optim import make_optimizer
+from slim_core.planning import StatePolicy
 from slim_core.planning.time_model import step_flops
 from slim_core.step import slim_step
 
-POLICIES = ("reverse", "keep")
+POLICIES: tuple[StatePolicy, ...] = ("reverse", "keep")
 SGEMM_SIZE = 2_048
 SGEMM = "sgemm"
 FULL = "slimtune full"
@@ -104,13 +105,13 @@ def _ours(configuration: Configuration) -> tuple[list[Contender], Record]:
     optimizer = make_optimizer(model, OptimizerConfig())
     tokens, targets = _batch(configuration.tokens, configuration.model.vocab_size)
 
-    def step(chunk_length: int, policy: str) -> None:
+    def step(chunk_length: int, policy: StatePolicy) -> None:
         slim_step(
             model,
             tokens,
             targets,
             chunk_length=chunk_length,
-            state_policy=policy,  # type: ignore[arg-type]
+            state_policy=policy,
             normaliser=configuration.tokens,
         )
         optimizer.step()

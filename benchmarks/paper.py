@@ -1,8 +1,8 @@
 """Reproduces what "Sub-Linear Memory: How to Make Performers SLiM" claims, and writes docs/paper.md.
 
     make paper
-    python benchmarks/paper.py copying language gradients report     the same, in parts; any of them alone
-    python benchmarks/paper.py copying --steps 40 --work /tmp/paper  a quick look at whether it runs
+    python -m benchmarks.paper copying language gradients report     the same, in parts; any of them alone
+    python -m benchmarks.paper copying --steps 40 --work /tmp/paper  a quick look at whether it runs
 
 Each run is a process of one thread, two side by side. A run that is complete is skipped, one that was stopped goes on
 from its last minute: start the program again after any interruption.
@@ -19,11 +19,10 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from benchmarks import paper_copying, paper_gradients, paper_language, paper_report  # noqa: E402
-from benchmarks.paper_runs import WORK, Run, perform, read_result  # noqa: E402
+from benchmarks import paper_copying, paper_gradients, paper_language, paper_report
+from benchmarks.paper_runs import WORK, Run, perform, read_result
 
+ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("copying", "language", "gradients", "report")
 
 
@@ -89,12 +88,12 @@ def _perform(name: str, steps: int | None, folder: Path) -> None:
 
 def _child(name: str, steps: int | None, folder: Path) -> int:
     """The exit code of one run in a process of one thread."""
-    command = [sys.executable, __file__, "--only", name, "--work", str(folder)]
+    command = [sys.executable, "-m", "benchmarks.paper", "--only", name, "--work", str(folder.resolve())]
     if steps is not None:
         command += ["--steps", str(steps)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     print(f"{name}: started", flush=True)
-    return subprocess.run(command, env=environment, check=False).returncode
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def write(work: Path, docs: Path) -> None:
         record["gradients"] = gradients
     blocks["targets"] = targets_block(targets)
     blocks["machine"] = f"Measured with {_machine()}."
-    write_json(figures / "paper.json", {"targets": targets, **record}, indent=1)
+    write_json(figures / "paper.json", {"targets": targets, **record})
     page = docs / "paper.md"
     page.write_text(fill(page.read_text(), blocks))
     for line in targets:

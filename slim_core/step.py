@@ -132,15 +132,17 @@ def slim_step(
             )
         store.visited(chunk)
         loss += chunk_loss.item()
-        if exit_grads is None:
-            chunk_loss.backward()  # type: ignore[no-untyped-call]
-        else:
-            # Below the lowest trained layer nothing depends on a trained weight, and no state has a gradient.
-            pairs = [p for p in zip(chunk.exit_states, exit_grads, strict=True) if p[0].requires_grad]
-            torch.autograd.backward([chunk_loss, *(s for s, _ in pairs)], [None, *(g for _, g in pairs)])
+        _backward(chunk_loss, chunk.exit_states, exit_grads)
         if span.start > 0:
             exit_grads = [_gradient(state) for state in chunk.entry_states]
     return loss
+
+
+def _backward(chunk_loss: Tensor, exit_states: States, exit_grads: list[Tensor] | None) -> None:
+    """Of loss_n + <exit states, G_n>; the last chunk has no G."""
+    # Below the lowest trained layer nothing depends on a trained weight, and no state has a gradient.
+    pairs = [p for p in zip(exit_states, exit_grads or [], strict=exit_grads is not None) if p[0].requires_grad]
+    torch.autograd.backward([chunk_loss, *(s for s, _ in pairs)], [None, *(g for _, g in pairs)])
 
 
 def _check_policy(model: ChunkedModel, policy: StatePolicy, num_chunks: int) -> None:
