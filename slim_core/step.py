@@ -111,7 +111,7 @@ def slim_step(
 
     loss = 0.0
     entry = Entry(states, states_are_exit=False)
-    exit_grads: list[Tensor] | None = None
+    exit_grads: list[Tensor | None] | None = None
     for span in reversed(spans):
         if exit_grads is not None:
             entry = store.entry()
@@ -134,11 +134,11 @@ def slim_step(
         loss += chunk_loss.item()
         _backward(chunk_loss, chunk.exit_states, exit_grads)
         if span.start > 0:
-            exit_grads = [_gradient(state) for state in chunk.entry_states]
+            exit_grads = [state.grad for state in chunk.entry_states]
     return loss
 
 
-def _backward(chunk_loss: Tensor, exit_states: States, exit_grads: list[Tensor] | None) -> None:
+def _backward(chunk_loss: Tensor, exit_states: States, exit_grads: list[Tensor | None] | None) -> None:
     """Of loss_n + <exit states, G_n>; the last chunk has no G."""
     # Below the lowest trained layer nothing depends on a trained weight, and no state has a gradient.
     pairs = [p for p in zip(exit_states, exit_grads or [], strict=exit_grads is not None) if p[0].requires_grad]
@@ -151,11 +151,6 @@ def _check_policy(model: ChunkedModel, policy: StatePolicy, num_chunks: int) -> 
     if not model.policies:
         raise ValueError("chunk_length: this model's attention needs the whole sequence in one chunk")
     raise ValueError(f"state_policy: this model's attention allows {' and '.join(model.policies)}, not {policy}")
-
-
-def _gradient(state: Tensor) -> Tensor:
-    """Of an entry state; zeros where no output of the chunk depends on it, behind a border."""
-    return torch.zeros_like(state) if state.grad is None else state.grad
 
 
 class _Documents:

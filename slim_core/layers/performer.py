@@ -233,7 +233,8 @@ class PerformerAttention(Attention):
 
     def _keys_and_values(self, x: Tensor, place: Place) -> tuple[Tensor, Tensor]:
         k, v = split_heads(self.key_value(x), self.config.num_heads, parts=2)
-        return self.features(place.rotated(k.contiguous()), is_query=False), v
+        # A copy of v: a view would keep keys and values as they came from the product, twice as much, until backward.
+        return self.features(place.rotated(k.contiguous()), is_query=False), v.contiguous()
 
     def exit_state(self, x: Tensor, entry: Tensor, place: Place) -> Tensor:
         """State after the chunk x, (B, C, D), without its outputs: keys and values only."""

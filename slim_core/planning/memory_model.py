@@ -105,6 +105,8 @@ def saved_sites(model: ModelConfig) -> list[Site]:
         layer.append((1, d))  # attention's output rearranged, input of the projection
     # Input of the head and its gradient, which is made with the loss; input of the final norm.
     head = [(3, d), (2, 1)] if model.norm == "pre" else [(2, d)]
+    if model.positions == "rotary":
+        head.append((1, model.head_width))  # cosines and sines, for all layers
     token_ids = [(4, 1)]  # tokens and targets, 64 bits each
     return [(count * model.num_layers, width) for count, width in layer] + head + token_ids
 

@@ -14,7 +14,9 @@ import torch
 
 from slim_core.config import ModelConfig
 from slim_core.memory import is_out_of_memory
+from slim_core.model import LanguageModel
 from slim_core.planning import Calibration, Chunking, Workload, plan_job
+from slim_core.planning.memory_model import DOUBLE, FLOAT, saved_sites, state_bytes
 from tests.unit.core_support import write_text
 from worker.environment import trainer_environment
 
@@ -232,3 +234,55 @@ def test_the_prediction_is_an_upper_bound_and_not_a_loose_one(
     peak, predicted = measured(Workload(model, length, batch_size=2, steps=3), chunking, text)
     assert peak <= predicted
     assert peak >= 0.80 * predicted
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"activation": "swiglu"},
+        {"norm": "post"},
+        {"norm": "branch"},
+        {"output_projection": False},
+        {"positions": "rotary"},
+        {"num_layers": 1, "tied_embeddings": True},
+        {"feature_map": "elu1"},
+        {"feature_map": "relu"},
+        {"feature_map": "favor", "num_features": 96},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())) or "plain",
+)
+def test_the_sites_are_what_autograd_saves(changes: dict[str, Any]) -> None:
+    """Counted from outside: every tensor that forward saves for backward, once, weights apart."""
+    config = ModelConfig.from_json(
+        {"num_layers": 3, "model_width": 64, "num_heads": 2, "mlp_width": 160, "vocab_size": 50, **changes}
+    )
+    length = 512
+    model = LanguageModel(config).initialize(0)
+    apart = {parameter.untyped_storage().data_ptr() for parameter in [*model.parameters(), *model.buffers()]}
+    saved: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in apart:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    states = [state.requires_grad_() for state in model.initial_states(1)]
+    apart |= {state.untyped_storage().data_ptr() for state in states}
+    tokens = torch.zeros(1, length, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        chunk = model.forward_chunk(tokens, 0, states)
+        loss = model.loss(chunk.hidden, tokens)
+    found = sum(saved.values()) + chunk.hidden.nbytes  # which `slim_step` holds
+    counted = FLOAT * length * sum(count * width for count, width in saved_sites(config))
+    assert loss.requires_grad
+    assert found == pytest.approx(counted, rel=0.04)
+
+
+def test_stride_keeps_about_two_roots_of_n() -> None:
+    model = ModelConfig(num_layers=2, model_width=64, num_heads=2, mlp_width=128)
+    state = model.num_layers * model.state_size
+    keep, stride, reverse = (state_bytes(model, policy, 100, 1) for policy in ("keep", "stride", "reverse"))
+    assert keep - reverse == FLOAT * 99 * state
+    assert stride - reverse == (FLOAT * 10 + DOUBLE * 10) * state

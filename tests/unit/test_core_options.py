@@ -19,6 +19,7 @@ from slim_core.layers.dropout import Dropout
 from slim_core.layers.features import FeatureMap, register_feature_map
 from slim_core.layers.head import IGNORED, embed, head_loss
 from slim_core.layers.linear import gradients_in_place, linear
+from slim_core.layers.performer import causal_linear_attention
 from slim_core.model import LanguageModel
 from slim_core.planning import StatePolicy
 from slim_core.step import evaluate_loss, slim_step
@@ -342,8 +343,9 @@ def test_rotary_turns_queries_against_keys_by_their_distance() -> None:
 # Precision
 
 
-def test_bfloat16_is_close_and_its_gradients_are_float32() -> None:
-    config = small_config("elu1", model_width=32, mlp_width=64)
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_bfloat16_is_close_and_its_gradients_are_float32(feature_map: str) -> None:
+    config = small_config(feature_map, model_width=32, mlp_width=64)
     model = a_model(config)
     tokens, targets = a_batch(config, batch=2, length=150)
     loss, gradients = stepped(model, tokens, targets, 37, "reverse")
@@ -368,6 +370,18 @@ def test_bfloat16_does_not_depend_on_the_plan(policy: StatePolicy) -> None:
     model.compute_dtype = torch.bfloat16
     tokens, targets = a_batch(config, batch=2, length=150)
     assert_close(stepped(model, tokens, targets, 64, policy), stepped(model, tokens, targets, 150, "keep"), 0.1)
+
+
+def test_sums_of_attention_are_wide_in_bfloat16() -> None:
+    """Of 640 equal keys every output is the mean of the values: sums in eight bits would stop growing at 256."""
+    q = torch.ones(1, 1, 640, 4, dtype=torch.bfloat16)
+    v = torch.rand(1, 1, 640, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    out, exit_state = causal_linear_attention(q, q, v, torch.zeros(1, 1, 4, 4, dtype=torch.float64), 1e-6)
+    means = v.double().cumsum(2) / torch.arange(1, 641).view(1, 1, -1, 1)
+    torch.testing.assert_close(out, means.bfloat16(), rtol=2**-7, atol=0)
+    torch.testing.assert_close(
+        exit_state[..., :3], v.double().sum(2, keepdim=True).expand(1, 1, 4, 3), rtol=1e-6, atol=0
+    )
 
 
 # Feature maps
