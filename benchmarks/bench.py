@@ -23,6 +23,7 @@ from benchmarks.bench_operator import operator_section
 from benchmarks.bench_report import write_report
 from benchmarks.bench_step import step_section
 from benchmarks.bench_targets import targets
+from benchmarks.paper_runs import write_json
 
 SECTIONS: dict[str, Callable[[bool], Record]] = {
     "operator": operator_section,
@@ -48,14 +49,16 @@ def main() -> None:
     folder, report = _places(arguments.out, quick=arguments.quick)
     path = folder / "bench.json"
     sections = json.loads(path.read_text())["sections"] if path.exists() else {}
+    if arguments.draw and not sections:
+        parser.error(f"{path}: nothing has been measured yet")
     for name in [] if arguments.draw else names:
         progress(f"section {name}")
         sections[name] = measured(SECTIONS[name], quick=arguments.quick)
         _write(path, sections)
     record = _write(path, sections)
+    write_report(record, report)
     for name, section in sections.items():
         FIGURES[name](section["result"], folder / f"bench_{name}.png")
-    write_report(record, report)
     for target in record["targets"]:
         print("met   " if target["met"] else "MISSED", target["name"], target["value"], target["unit"], target["bar"])
     print(f"written: {report}, {path}, figures in {folder}")
@@ -65,7 +68,7 @@ def _write(path: Path, sections: Record) -> Record:
     """The record of all sections, the machine being that of the last one measured."""
     latest = max(sections.values(), key=lambda section: section["started"])
     record = {"targets": targets(sections), "machine": latest["machine"], "sections": sections}
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(path, record, indent=1)
     return record
 
 

@@ -104,7 +104,7 @@ def draw_memory(result: Record, path: Path) -> None:
     right.set_ylabel("step time per token, µs")
     left.margins(y=0.1)
     _lines(left, peaks)
-    right.set_ylim(0, 1.15 * max(max(values) for _, _, values in times))
+    right.set_ylim(0, 1.15 * max(value for _, _, values in times for value in values if math.isfinite(value)))
     _lines(right, times)
     left.set_title(f"Memory (C = {result['chunk_length']} where there are chunks)", loc="left")
     right.set_title("Time", loc="left")

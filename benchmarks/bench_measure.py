@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -47,17 +48,17 @@ class Contender:
 def interleave(contenders: Sequence[Contender], *, quick: bool = False) -> dict[str, list[float]]:
     """Seconds of a call of each contender, a value a round, all of them in turn in every round.
 
-    One call of each comes first, uncounted. The order rotates from round to round, so that nobody always follows the
-    same other.
+    One call of each comes first, uncounted. The order is drawn anew for every round, the same in every run, so that
+    nobody always follows the same other.
     """
+    order = random.Random(0)  # noqa: S311  # no secret
     rounds = {}
     for contender in contenders:
         slow = _seconds(contender.call) > SLOW_SECONDS
         rounds[contender.name] = 2 if quick else SLOW_ROUNDS if slow else ROUNDS
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for number in range(max(rounds.values())):
-        first = number % len(contenders)
-        for contender in [*contenders[first:], *contenders[:first]]:
+        for contender in order.sample(contenders, len(contenders)):
             if number < rounds[contender.name]:
                 seconds[contender.name].append(_turn(contender.call, 0.0 if quick else TURN_SECONDS))
     return seconds
@@ -142,6 +143,13 @@ def machine() -> Record:
     }
 
 
+def _commit() -> str:
+    """What was measured; `-dirty` where the tree had other changes."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
 def measured(section: Callable[[bool], Record], *, quick: bool) -> Record:
     """The result of a section, with when it ran and how busy the machine was (load averages over a minute)."""
     started, load_before = time.time(), os.getloadavg()[0]
@@ -151,6 +159,7 @@ def measured(section: Callable[[bool], Record], *, quick: bool) -> Record:
         "seconds": round(time.time() - started),
         "load_before": round(load_before, 2),
         "load_after": round(os.getloadavg()[0], 2),
+        "commit": _commit(),
         "quick": quick,
         "machine": machine(),
         "result": result,

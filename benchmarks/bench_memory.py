@@ -27,13 +27,13 @@ CHECKPOINT = "checkpoint per layer"
 LENGTHS = (4_096, 16_384, 65_536, 262_144, 1_048_576)
 LONGEST = {FULL: 65_536, CHECKPOINT: 262_144}
 """Largest T that stays below `LIMIT_BYTES`, of the methods whose memory grows with T."""
-ROUNDS_AND_STEPS = {4_096: (5, 3), 16_384: (3, 3), 65_536: (1, 3), 262_144: (1, 1), 1_048_576: (1, 1)}
+ROUNDS_AND_STEPS = {4_096: (5, 3), 16_384: (3, 3), 65_536: (3, 3), 262_144: (1, 1), 1_048_576: (1, 1)}
 """By T. The first of several steps is a warm-up; a single one, minutes long, is its own."""
 PAIR_LENGTH = 65_536
 
 TRADEOFF_LENGTH = 16_384
 SHORTEST_CHUNK = 16
-TRADEOFF_ROUNDS, TRADEOFF_STEPS = 3, 2
+TRADEOFF_ROUNDS, TRADEOFF_STEPS = 3, 3
 SLOW_CHUNK = 32
 """Up to this C, where a step takes several times the full one's time, a point has one round."""
 
@@ -137,7 +137,10 @@ def peak_bytes(point: Record) -> int:
 
 
 def step_seconds(point: Record) -> float:
-    """Median of all steps of all rounds, the first of each process not counted where there are more."""
+    """Median of all steps of all rounds, the first of each process not counted where there are more; not a number where
+    no step was done."""
+    if not num_samples(point):
+        return math.nan
     return median(seconds for run in point["runs"] for seconds in _counted(run["step_seconds"]))
 
 

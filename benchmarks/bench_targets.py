@@ -18,11 +18,12 @@ LEAST_CHUNK = 256
 
 
 def targets(sections: Record) -> list[Record]:
-    """Of all sections that have been measured."""
+    """Of all sections that have been measured; a quick run meets none."""
     found: list[Record] = []
     for name, make in _TARGETS.items():
         if name in sections:
-            found.extend(make(sections[name]["result"]))
+            shown = sections[name]["quick"]
+            found.extend({**target, "met": target["met"] and not shown} for target in make(sections[name]["result"]))
     return found
 
 
@@ -66,7 +67,7 @@ def _step(result: Record) -> Iterator[Record]:
     seconds = result["configurations"]["PTB"]["seconds"]
     for peer, name, bar in (
         ("published algorithm", "published algorithm, full", 5),
-        ("performer-pytorch", PERFORMER_PYTORCH, 10),
+        ("performer-pytorch, 266 features", PERFORMER_PYTORCH, 10),
     ):
         yield _at_least(f"step: against {peer}", ratio(seconds[name], seconds[FULL_STEP]), "times faster", bar)
 
@@ -74,7 +75,7 @@ def _step(result: Record) -> Iterator[Record]:
 def _memory(result: Record) -> Iterator[Record]:
     seconds = result["pair"]["seconds"]
     yield _at_most(
-        "slim overhead at T >= 64k", ratio(seconds[POLICY], seconds[FULL]), "of the full step's time, at most", 1.0
+        "slim overhead at T = 64k", ratio(seconds[POLICY], seconds[FULL]), "of the full step's time, at most", 1.0
     )
 
     def peak(method: str, tokens: int) -> int:

@@ -182,10 +182,10 @@ def read_result(folder: Path, name: str) -> dict[str, Any] | None:
     return result
 
 
-def write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object, indent: int | None = None) -> None:
     """Whole or not at all."""
     partial = _partial(path)
-    partial.write_text(json.dumps(value) + "\n")
+    partial.write_text(json.dumps(value, indent=indent) + "\n")
     partial.replace(path)
 
 

@@ -181,7 +181,7 @@ def performer_pytorch() -> Any:
 
 
 def performer_pytorch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """performer-pytorch 1.1.4 without its CUDA extension, in its own steps of 128 positions.
+    """performer-pytorch 1.1.4 without its CUDA extension, in its own 128 steps of T / 128 positions.
 
     Its epsilon is added to the sum of keys: q . (sum k + eps), a normaliser larger by eps times the sum over q.
     """
