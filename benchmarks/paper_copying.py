@@ -14,7 +14,7 @@ from benchmarks.paper_runs import Run, initialise_as_published
 from slim_core.config import ModelConfig
 from slim_core.layers.head import IGNORED
 from slim_core.model import LanguageModel
-from slim_core.step import chunk_spans, count_targets
+from slim_core.step import ChunkSpans, count_targets
 
 STEPS = 15_000
 SEQUENCE_LENGTH = 512
@@ -96,7 +96,7 @@ def accuracy(model: LanguageModel, tokens: Tensor, targets: Tensor, chunk_length
     """Share of targets whose token has the largest logit, chunk by chunk as the loss is computed."""
     states = model.initial_states(tokens.shape[0])
     correct = 0
-    for span in chunk_spans(tokens.shape[1], chunk_length):
+    for span in ChunkSpans(tokens.shape[1], chunk_length):
         chunk = model.forward_chunk(tokens[:, span], span.start, states)
         correct += int((model.logits(chunk.hidden).argmax(-1) == targets[:, span]).sum())
         states = chunk.exit_states

@@ -16,8 +16,10 @@ def compile_blocks(model: LanguageModel) -> bool:
     Without a working compiler the model stays as it is, with a RuntimeWarning. Matrix products and attention have
     backward passes of their own and are left alone.
     """
+    device = next(model.parameters()).device
     try:
-        torch.compile(torch.nn.functional.gelu)(torch.ones(8, 8))
+        x = torch.ones(8, 8, device=device, requires_grad=True)
+        torch.autograd.grad(torch.compile(torch.nn.functional.gelu)(x).sum(), x)
     except Exception as error:  # noqa: BLE001  # a missing compiler, an unwritable cache, an unsupported Python
         torch.compiler.reset()
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -13,7 +13,7 @@ import torch
 
 from slim_core.data import tokenizer
 from slim_core.model import LanguageModel
-from slim_core.step import chunk_spans
+from slim_core.step import ChunkSpans
 from slim_core.weights.checkpoint import load_model
 
 _PROMPT_CHUNK = 512
@@ -32,12 +32,13 @@ def generate(
     if not prompt:
         raise ValueError("prompt: must have at least one token")
     generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
     states = model.initial_states(batch=1)
-    tokens = torch.tensor([list(prompt)])
-    for span in chunk_spans(len(prompt), _PROMPT_CHUNK):
+    tokens = torch.tensor([list(prompt)], device=device)
+    for span in ChunkSpans(len(prompt), _PROMPT_CHUNK):
         hidden, _, states = model.forward_chunk(tokens[:, span], span.start, states)
     for position in range(len(prompt), len(prompt) + max_tokens):
-        logits = model.logits(hidden[0, -1])
+        logits = model.logits(hidden[0, -1]).cpu()  # drawn there: the same sample on every device
         if temperature == 0:
             token = int(logits.argmax())
         else:
@@ -45,7 +46,7 @@ def generate(
         if token == tokenizer.DOCUMENT_BORDER:
             return
         yield token
-        hidden, _, states = model.forward_chunk(torch.tensor([[token]]), position, states)
+        hidden, _, states = model.forward_chunk(torch.tensor([[token]], device=device), position, states)
 
 
 def main() -> None:

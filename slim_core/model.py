@@ -238,7 +238,8 @@ class LanguageModel(nn.Module):
         if config.positions != "concatenated":
             x = x * math.sqrt(config.model_width)  # as large as the positions (Vaswani et al., section 3.4)
         if self.position is not None:
-            if start + tokens.shape[1] > self.position.num_embeddings:
+            longest = start + tokens.shape[1] if documents is None else int(positions.max()) + 1
+            if longest > self.position.num_embeddings:
                 raise ValueError(f"max_positions: the model has learned only {self.position.num_embeddings} positions")
             x = x + embed(positions, self.position.weight)
         elif config.positions == "sinusoidal":

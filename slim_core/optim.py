@@ -16,7 +16,8 @@ _UNIT = 2.0**40
 
 _ADAFACTOR_EPSILON = 1e-15
 """Its square, 1e-30, is the least squared gradient (Shazeer and Stern, section 9). torch's own default, the precision
-of float32, is larger than most gradients of a mean over a long sequence."""
+of float32, is larger than most gradients of a mean over a long sequence. torch also takes it for the least mean of the
+row sums, so gradients below 3e-8 in the mean are scaled up, to the clipping's limit at most; the paper has no such."""
 
 
 class Adafactor(torch.optim.Adafactor):
@@ -63,6 +64,8 @@ def make_optimizer(model: LanguageModel, config: OptimizerConfig) -> torch.optim
         for chosen, decay in ((True, config.weight_decay), (False, 0.0))
     ]
     optimizer = _make(groups, config)
+    for parameter in model.parameters():
+        parameter.grad = None  # of an earlier run's, where it is frozen now
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
         if state := _initial_state(parameter, config):

@@ -34,7 +34,11 @@ def reference_loss(
 
 def reference_logits(model: LanguageModel, tokens: Tensor, *, document_starts: Tensor | None = None) -> Tensor:
     """(B, T) tokens -> (B, T, V). Documents begin where `document_starts`, (B, T) booleans, is true."""
-    starts = torch.zeros(tokens.shape, dtype=torch.bool) if document_starts is None else document_starts
+    starts = (
+        torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
+        if document_starts is None
+        else document_starts
+    )
     positions = _positions(starts)
     document = starts.cumsum(1)
     visible = (document[:, None, :, None] == document[:, None, None, :]).tril()  # (B, 1, T, T)
@@ -48,7 +52,7 @@ def reference_logits(model: LanguageModel, tokens: Tensor, *, document_starts: T
 
 def _positions(starts: Tensor) -> Tensor:
     """(B, T): one row and one token after the other."""
-    positions = torch.zeros(starts.shape, dtype=torch.float64)
+    positions = torch.zeros(starts.shape, dtype=torch.float64, device=starts.device)
     for row in range(starts.shape[0]):
         for t in range(1, starts.shape[1]):
             positions[row, t] = 0 if starts[row, t] else positions[row, t - 1] + 1
@@ -73,7 +77,7 @@ def _embedding(model: LanguageModel, tokens: Tensor, positions: Tensor) -> Tenso
 
 
 def _sinusoids(positions: Tensor, width: int) -> Tensor:
-    table = torch.zeros(*positions.shape, width, dtype=torch.float64)
+    table = torch.zeros(*positions.shape, width, dtype=torch.float64, device=positions.device)
     for channel in range(width // 2):
         angle = positions / 10_000 ** (2 * channel / width)
         table[..., channel] = torch.sin(angle)
@@ -146,7 +150,7 @@ def _rotate(x: Tensor, positions: Tensor) -> Tensor:
     """Channels i and i + K / 2 as a complex number, times exp(i angle)."""
     half = x.shape[-1] // 2
     frequencies = torch.tensor([10_000 ** (-channel / half) for channel in range(half)], dtype=torch.float64)
-    angle = positions[:, None, :, None] * frequencies
+    angle = positions[:, None, :, None] * frequencies.to(positions.device)
     turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)
     return torch.cat([turned.real, turned.imag], -1).to(x.dtype)
 
@@ -162,12 +166,11 @@ def _gated(attention: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor, visible: 
     """out_t = sum_{s <= t} (prod_{s < r <= t} a_r) q_t.k_s / sqrt(K) v_s, normalised by head."""
     gates = torch.sigmoid(x @ attention.decay.weight.T + attention.decay.bias) ** (1 / 16)  # (B, T, H)
     length = x.shape[1]
-    row = torch.ones(
-        x.shape[0], gates.shape[2], length, dtype=x.dtype
-    )  # decay from every s to t; from t on it is masked
+    # Decay from every s to t; from t on it is masked.
+    row = torch.ones(x.shape[0], gates.shape[2], length, dtype=x.dtype, device=x.device)
     rows = [row]
     for t in range(1, length):
-        row = torch.where(torch.arange(length) < t, row * gates[:, t, :, None], row)
+        row = torch.where(torch.arange(length, device=x.device) < t, row * gates[:, t, :, None], row)
         rows.append(row)
     out = (q @ k.mT / math.sqrt(q.shape[-1]) * torch.stack(rows, 2) * visible) @ v
     return torch.as_tensor(out / (out.square().mean(-1, keepdim=True) + 1e-6).sqrt() * attention.head_norm)

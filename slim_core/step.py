@@ -10,8 +10,8 @@ Legend: B batch, T positions of the sequence, C of a chunk, N = ceil(T / C) chun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -62,6 +62,7 @@ def slim_step(
     chunk_length: int,
     state_policy: StatePolicy,
     normaliser: int,
+    weight: float = 1.0,
     stride: int | None = None,
     document_starts: Tensor | None = None,
     dropout: Dropout = NO_DROPOUT,
@@ -79,6 +80,7 @@ def slim_step(
         chunk_length: C, from 1 up; C >= T is the ordinary full step.
         state_policy: how pass 2 finds the entry states of a chunk (`slim_core.states`); changes no result.
         normaliser: number of targets with a loss in the whole optimiser step, micro-batches together.
+        weight: of the loss in the gradient; -1 takes away what an equal step added, in the memory of one gradient.
         stride: k of the policy `stride`; None for about sqrt(N).
         document_starts: (B, T) booleans, true where a document begins: attention never crosses such a border and
             positions count from it. None for one document a row.
@@ -90,10 +92,11 @@ def slim_step(
         This call's share of the mean loss, in nats per token.
 
     Raises:
-        ValueError: the model's attention does not work with this policy.
+        ValueError: the model's attention does not work with this policy; a target is neither a token nor `IGNORED`.
     """
-    spans = list(chunk_spans(tokens.shape[1], chunk_length))
-    _check_policy(model, state_policy, len(spans))
+    spans = ChunkSpans(tokens.shape[1], chunk_length)
+    _check_policy(model, state_policy, len(spans), stride)
+    _check_targets(targets, normaliser)
     documents = _Documents(document_starts)
 
     def advance(number: int, states: States) -> States:
@@ -105,8 +108,8 @@ def slim_step(
     store = make_store(state_policy, dtype, stride or default_stride(len(spans)), advance)
     states = model.initial_states(tokens.shape[0])
     with torch.no_grad():
-        for number, span in enumerate(spans[:-1]):
-            store.record(states, resets=documents.begin_in(span))
+        for number in range(len(spans) - 1):
+            store.record(states, resets=documents.begin_in(spans[number]))
             states = advance(number, states)
 
     loss = 0.0
@@ -128,10 +131,10 @@ def slim_step(
                 dropout=dropout,
             )
             chunk_loss = model.loss(
-                chunk.hidden, targets[:, span].long(), scale=1 / normaliser, label_smoothing=label_smoothing
+                chunk.hidden, targets[:, span].long(), scale=weight / normaliser, label_smoothing=label_smoothing
             )
         store.visited(chunk)
-        loss += chunk_loss.item()
+        loss += chunk_loss.item() / weight
         _backward(chunk_loss, chunk.exit_states, exit_grads)
         if span.start > 0:
             exit_grads = [state.grad for state in chunk.entry_states]
@@ -145,12 +148,24 @@ def _backward(chunk_loss: Tensor, exit_states: States, exit_grads: list[Tensor |
     torch.autograd.backward([chunk_loss, *(s for s, _ in pairs)], [None, *(g for _, g in pairs)])
 
 
-def _check_policy(model: ChunkedModel, policy: StatePolicy, num_chunks: int) -> None:
+def _check_policy(model: ChunkedModel, policy: StatePolicy, num_chunks: int, stride: int | None) -> None:
+    if policy not in (known := get_args(StatePolicy)):
+        raise ValueError(f"state_policy: must be one of {', '.join(known)}")
+    if stride is not None and stride < 1:
+        raise ValueError(f"stride: must be at least 1, got {stride}")
     if num_chunks == 1 or policy in model.policies:
         return
     if not model.policies:
         raise ValueError("chunk_length: this model's attention needs the whole sequence in one chunk")
     raise ValueError(f"state_policy: this model's attention allows {' and '.join(model.policies)}, not {policy}")
+
+
+def _check_targets(targets: Tensor, normaliser: int) -> None:
+    if normaliser < 1:
+        raise ValueError("normaliser: must be at least 1; a step whose targets are all ignored has no loss")
+    # A gather would take any other negative number for token 0.
+    if int(targets.min()) < 0 and bool(((targets < 0) & (targets != IGNORED)).any()):
+        raise ValueError(f"targets: must be tokens, or {IGNORED} where there is no loss")
 
 
 class _Documents:
@@ -179,7 +194,7 @@ def evaluate_loss(
     documents = _Documents(document_starts)
     states = model.initial_states(tokens.shape[0])
     loss = 0.0
-    for span in chunk_spans(tokens.shape[1], chunk_length):
+    for span in ChunkSpans(tokens.shape[1], chunk_length):
         chunk = model.forward_chunk(tokens[:, span].long(), span.start, states, documents=documents.of(span))
         loss += model.loss(chunk.hidden, targets[:, span].long()).item()
         states = chunk.exit_states
@@ -191,9 +206,17 @@ def count_targets(targets: Tensor) -> int:
     return int((targets != IGNORED).sum())
 
 
-def chunk_spans(length: int, chunk_length: int) -> Iterator[slice]:
-    """Slices of `chunk_length` positions; the last one holds what is left."""
-    if chunk_length < 1:
-        raise ValueError(f"chunk_length: must be at least 1, got {chunk_length}")
-    for start in range(0, length, chunk_length):
-        yield slice(start, min(start + chunk_length, length))
+class ChunkSpans(Sequence[slice]):
+    """Slices of `chunk_length` positions; the last one holds what is left. Takes no memory, however many there are."""
+
+    def __init__(self, length: int, chunk_length: int) -> None:
+        if chunk_length < 1:
+            raise ValueError(f"chunk_length: must be at least 1, got {chunk_length}")
+        self._starts = range(0, length, chunk_length)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, number: int) -> slice:  # type: ignore[override]  # one at a time is all that is needed
+        start = self._starts[number]
+        return slice(start, min(start + self._starts.step, self._starts.stop))

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from slim_core.config import CUSTOM_FEATURE_MAPS, FEATURE_MAPS, ModelConfig
 
@@ -44,7 +46,24 @@ class Elu1(FeatureMap):
     """g(x) = elu(x) + 1 (Katharopoulos et al., "Transformers are RNNs", ICML 2020); M = K."""
 
     def forward(self, x: Tensor, *, is_query: bool) -> Tensor:
-        return nn.functional.elu(x) + 1
+        features: Tensor = _Elu1.apply(x)  # type: ignore[no-untyped-call]
+        return features
+
+
+class _Elu1(torch.autograd.Function):
+    """x + 1 above zero and exp(x) below, where elu(x) is so close to -1 that adding 1 would leave no digits."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.where(x > 0, x + 1, x.exp())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        grad_x: Tensor = grad * x.clamp(max=0).exp_()
+        return grad_x
 
 
 class Favor(FeatureMap):
@@ -54,7 +73,7 @@ class Favor(FeatureMap):
 
     The exponent never exceeds |w|^2 / 2, about K / 2, whatever x is, so keys need no stabiliser: one taken over a chunk
     would make the result depend on the chunking. A query's own maximum is subtracted from it, which cancels in the
-    ratio.
+    ratio but for the normaliser's epsilon; backward takes it as a constant.
     """
 
     projection: Tensor
@@ -62,7 +81,7 @@ class Favor(FeatureMap):
     def __init__(self, head_width: int, num_features: int, seed: int) -> None:
         super().__init__()
         self._seed = seed
-        self._drawing = 0
+        self._drawing: int | None = None  # the weights that are loaded later bring a projection of their own
         self.register_buffer("projection", orthogonal_projection(num_features, head_width, seed))
 
     def redraw(self, drawing: int) -> None:

@@ -30,10 +30,12 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tokens, weight = ctx.saved_tensors
         rows, grad_rows = tokens.flatten(), grad.flatten(0, -2).to(weight.dtype)
-        if not ctx.in_place:
-            return None, torch.zeros_like(weight).index_add_(0, rows, grad_rows)
-        weight.grad.index_add_(0, rows, grad_rows)
-        return None, None
+        total = weight.grad if ctx.in_place else torch.zeros_like(weight)
+        if total.is_cuda:  # where index_add_ adds in any order and index_put_ sorts
+            total.index_put_((rows,), grad_rows, accumulate=True)
+        else:
+            total.index_add_(0, rows, grad_rows)
+        return None, None if ctx.in_place else total
 
 
 def embed(tokens: Tensor, weight: Tensor) -> Tensor:
@@ -107,4 +109,6 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, *, smoothing: flo
         scale: of the result. Gradients are made together with the loss, block by block, so that no (R, V) tensor
             exists: scale here, not afterwards, what is to reach the weights under `gradients_in_place`.
     """
+    if not torch.is_grad_enabled():  # a function of its own is told of gradients all the same
+        hidden, weight = hidden.detach(), weight.detach()
     return _HeadLoss.apply(hidden, weight, targets, smoothing, scale)  # type: ignore[no-untyped-call, no-any-return]

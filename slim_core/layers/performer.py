@@ -26,6 +26,12 @@ STATE_DTYPE = torch.float64
 """Of attention states between chunks and of their gradients. They are small, and `reverse` subtracts from them."""
 
 
+GRID = 2.0**-31
+"""What a chunk adds to a state is a multiple of this, unless it is computed in float64. Sums and differences of such
+multiples are exact in float64 up to 2^22: `reverse` recovers the very states that pass 1 had, bit for bit, and
+recomputes every chunk as it was. 2^-31 is far below the normaliser's epsilon, the scale of what matters."""
+
+
 def causal_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, entry: Tensor, epsilon: float, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -51,8 +57,7 @@ def causal_linear_attention(
 def state_contribution(k: Tensor, v: Tensor) -> Tensor:
     """What a chunk adds to the state: g(K)^T [V, 1], (B, H, M, K + 1) in float64, bit for bit as the forward pass
     adds it."""
-    kv, k_sum = _contributions(_wide(_blocks(k)), _wide(_blocks(v)), None)
-    return torch.cat([kv.sum(2, dtype=STATE_DTYPE), k_sum.sum(2, dtype=STATE_DTYPE)], -1)
+    return _sum_of_blocks(_contributions(_wide(_blocks(k)), _wide(_blocks(v)), None), STATE_DTYPE)
 
 
 def exit_of(k: Tensor, v: Tensor, entry: Tensor, starts: Tensor | None) -> Tensor:
@@ -105,14 +110,21 @@ def _entry_of_each_block(added: Tensor, entry: Tensor, parts: Segments | None) -
     return states
 
 
+def _sum_of_blocks(added: Pair, dtype: torch.dtype) -> Tensor:
+    total = torch.cat([part.sum(2, dtype=dtype) for part in added], -1)
+    return total if added[0].dtype == dtype else total.div_(GRID).round_().mul_(GRID)
+
+
 def _exit(added: Pair, entry: Tensor, parts: Segments | None) -> Tensor:
     """Of the blocks' contributions those that no later border cuts off, and of the entry state likewise."""
     if parts is None:
-        return entry + torch.cat([part.sum(2, dtype=entry.dtype) for part in added], -1)
+        return entry + _sum_of_blocks(added, entry.dtype)
     passes = parts.passes.to(entry.dtype)
     uncut = passes.flip(2).cumprod(2).flip(2)  # by this block or a later one
     later_uncut = torch.cat([uncut[:, :, 1:], torch.ones_like(uncut[:, :, :1])], 2)
-    return entry * uncut[:, :, 0] + torch.cat([(part * later_uncut).sum(2) for part in added], -1)
+    return entry * uncut[:, :, 0] + _sum_of_blocks(
+        (added[0] * later_uncut.to(added[0].dtype), added[1] * later_uncut.to(added[1].dtype)), entry.dtype
+    )
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:

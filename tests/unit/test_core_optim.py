@@ -205,6 +205,8 @@ def test_what_is_frozen_gets_neither_gradient_nor_state(name: Name) -> None:
     assert isinstance(frozen, torch.nn.Module)
     frozen.requires_grad_(requires_grad=False)
     before = {its: parameter.detach().clone() for its, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, torch.nan)  # of a run that trained everything and diverged
     optimizer = make_optimizer(model, OptimizerConfig(name=name, weight_decay=0.3))
     for parameter in model.parameters():
         if parameter.grad is not None:

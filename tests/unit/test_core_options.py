@@ -323,6 +323,11 @@ def test_positions_that_were_not_learned() -> None:
     tokens, targets = a_batch(config, batch=1, length=151)
     with pytest.raises(ValueError, match=r"max_positions: .* only 150"):
         stepped(a_model(config), tokens, targets, 50, "keep")
+    starts = torch.zeros(tokens.shape, dtype=torch.bool)
+    starts[0, 100] = True  # two documents, neither longer than what was learned
+    model = a_model(config, torch.float64)
+    got = stepped(model, tokens, targets, 50, "keep", document_starts=starts)
+    assert_close(got, oracle(model, tokens, targets, document_starts=starts), EXACT)
 
 
 def test_rotary_turns_queries_against_keys_by_their_distance() -> None:
@@ -429,6 +434,11 @@ def test_favor_is_redrawn_on_schedule() -> None:
     other = LanguageModel(config)
     other.redraw_features(39)  # however it got there
     assert all(torch.equal(a, b) for a, b in zip(projections(model), projections(other), strict=True))
+    with torch.no_grad():  # weights of another run, and its projection with them
+        for buffer in (restarted := LanguageModel(config)).buffers():
+            buffer.zero_()
+    restarted.redraw_features(0)
+    assert all(torch.equal(a, b) for a, b in zip(projections(restarted), first, strict=True))
     unscheduled = LanguageModel(replace(config, feature_redraw_steps=None))
     unscheduled.redraw_features(39)
     assert all(torch.equal(a, b) for a, b in zip(projections(unscheduled), first, strict=True))

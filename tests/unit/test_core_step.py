@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slim_core.config import FEATURE_MAPS, ModelConfig
 from slim_core.layers.features import RELU_OFFSET, Favor, make_feature_map, orthogonal_projection
@@ -17,7 +19,7 @@ from slim_core.layers.performer import causal_linear_attention, state_contributi
 from slim_core.model import Chunk, LanguageModel, States
 from slim_core.planning import StatePolicy
 from slim_core.reference import reference_loss
-from slim_core.step import chunk_spans, count_targets, evaluate_loss, slim_step
+from slim_core.step import ChunkSpans, count_targets, evaluate_loss, slim_step
 from tests.unit.core_support import POLICIES, a_batch, a_model, assert_close, oracle, small_config, stepped
 
 EXACT = 1e-10
@@ -114,6 +116,21 @@ def test_hundreds_of_chunks_lose_no_digits() -> None:
     assert_close(reverse, keep, SINGLE)
     assert_close(keep, whole, SINGLE)
     assert_close(reverse, whole, SINGLE)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_reverse_is_keep_bit_for_bit(feature_map: str, precision: torch.dtype) -> None:
+    """What `reverse` recovers is what pass 1 had, or the rounding of one layer would be another chunk's in the next:
+    in bfloat16 that would grow from chunk to chunk."""
+    config = small_config(feature_map, num_layers=4)
+    model = a_model(config)
+    model.compute_dtype = precision
+    tokens, targets = a_batch(config, batch=2, length=1024)
+    keep_loss, keep = stepped(model, tokens, targets, 4, "keep")
+    loss, reverse = stepped(model, tokens, targets, 4, "reverse")
+    assert loss == keep_loss
+    assert [name for name in keep if not torch.equal(keep[name], reverse[name])] == []
 
 
 def test_gradients_are_added_to_what_is_there() -> None:
@@ -232,12 +249,60 @@ def test_evaluation_is_the_reference_for_every_chunk_length(feature_map: str, ch
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Shapes of the tensors that are made, views of the model's own apart."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in pytree.tree_leaves(result):
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in self._own:
+                self.shapes.add(tuple(x.shape))
+        return result
+
+
+def test_evaluation_makes_no_gradients() -> None:
+    """Not of the head either, whose gradient comes with the loss: a vocabulary's worth that no plan counts."""
+    config = small_config(vocab_size=701)
+    model = a_model(config)
+    tokens, targets = a_batch(config, batch=1, length=20)
+    with _Made(model) as made:
+        evaluate_loss(model, tokens, targets, chunk_length=10)
+    assert (10, 701) in made.shapes
+    assert not {(701, 16), (16, 701)} & made.shapes
+
+
 def test_chunk_spans() -> None:
-    assert list(chunk_spans(10, 4)) == [slice(0, 4), slice(4, 8), slice(8, 10)]
-    assert list(chunk_spans(8, 4)) == [slice(0, 4), slice(4, 8)]
-    assert list(chunk_spans(3, 4)) == [slice(0, 3)]
+    spans = ChunkSpans(10, 4)
+    assert list(spans) == [slice(0, 4), slice(4, 8), slice(8, 10)]
+    assert list(reversed(spans)) == [slice(8, 10), slice(4, 8), slice(0, 4)]
+    assert len(spans) == 3
+    assert list(ChunkSpans(8, 4)) == [slice(0, 4), slice(4, 8)]
+    assert list(ChunkSpans(3, 4)) == [slice(0, 3)]
     with pytest.raises(ValueError, match="chunk_length"):
-        list(chunk_spans(3, 0))
+        ChunkSpans(3, 0)
+
+
+@pytest.mark.parametrize(
+    ("named", "changes"),
+    [
+        ("targets", {"targets": torch.tensor([[1, 2, -1, 3]])}),
+        ("normaliser", {"normaliser": 0}),
+        ("stride", {"stride": 0}),
+        ("state_policy", {"state_policy": "forget"}),
+        ("chunk_length", {"chunk_length": 0}),
+    ],
+)
+def test_a_bad_argument_is_named(named: str, changes: dict[str, Any]) -> None:
+    """None of these is taken for something else: -1 would be token 0, a negative stride another chunk."""
+    row = torch.tensor([[1, 2, 3, 4]])
+    good: dict[str, Any] = {"targets": row, "chunk_length": 4, "state_policy": "keep", "normaliser": 4}
+    with pytest.raises(ValueError, match=named):
+        slim_step(a_model(small_config()), row, **(good | changes))
 
 
 @pytest.mark.parametrize("output_projection", [True, False])
@@ -276,6 +341,9 @@ def test_attention_is_the_recurrence(length: int) -> None:
         torch.testing.assert_close(out[:, :, t], sums[..., :2] / (sums[..., 2:] + 1e-3))
     torch.testing.assert_close(exit_state, state)
     torch.testing.assert_close(entry + state_contribution(k, v), exit_state, rtol=0, atol=0)
+    narrow = entry.float().double(), k.float(), v.float()
+    _, exit_state = causal_linear_attention(q.float(), narrow[1], narrow[2], narrow[0], 1e-3)
+    torch.testing.assert_close(exit_state, state, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("length", [1, 5, 64, 70])
@@ -299,6 +367,17 @@ def test_elementwise_feature_maps(feature_map: str, wanted: object) -> None:
     features = make_feature_map(small_config(feature_map), layer=0)
     for is_query in (True, False):
         torch.testing.assert_close(features(x, is_query=is_query), wanted(x))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+def test_elu1_keeps_its_digits_far_below_zero(dtype: torch.dtype, tolerance: float) -> None:
+    x = torch.tensor([-30.0, -10.0, -5.0, -3.0, 0.0, 2.0], dtype=dtype, requires_grad=True)
+    features = make_feature_map(small_config("elu1"), layer=0)(x, is_query=False)
+    wanted = [math.exp(-30), math.exp(-10), math.exp(-5), math.exp(-3), 1.0, 3.0]
+    assert features.tolist() == pytest.approx(wanted, rel=tolerance)
+    features.sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == pytest.approx([*wanted[:5], 1.0], rel=tolerance)
 
 
 def test_favor_rows_are_orthogonal_with_gaussian_norms() -> None:
