@@ -1,8 +1,7 @@
-"""Tables of `make bench`, written between the markers of docs/benchmarks.md: `<!-- name -->` ... `<!-- /name -->`."""
+"""Tables of `make bench`, for docs/benchmarks.md."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -12,39 +11,18 @@ from benchmarks.bench_pair import POLICY
 from benchmarks.bench_step import FULL as FULL_STEP
 from benchmarks.bench_step import SGEMM
 from benchmarks.bench_targets import overheads, sgemm_share
+from benchmarks.page import fill, table, targets_table
 
 
 def write_report(record: Record, path: Path) -> None:
     """Fill in what has been measured; the rest of the file stays as it is."""
-    text = path.read_text()
-    text = _between(text, "targets", [*_targets(record), "", *_conditions(record)])
+    blocks = {"targets": f"{targets_table(record['targets'])}\n\n{_conditions(record)}"}
     for name, section in record["sections"].items():
-        text = _between(text, name, _TABLES[name](section["result"]))
-    path.write_text(text)
+        blocks[name] = _TABLES[name](section["result"])
+    path.write_text(fill(path.read_text(), blocks))
 
 
-def _between(text: str, name: str, lines: Iterable[str]) -> str:
-    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-    if not pattern.search(text):
-        raise ValueError(f"docs/benchmarks.md: has no place for {name!r}")
-    body = "\n".join(lines)
-    return pattern.sub(lambda found: f"{found[1]}\n{body}\n\n{found[2]}", text)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
-
-
-def _targets(record: Record) -> list[str]:
-    rows = [
-        [target["name"], f"{target['value']:g}", target["unit"], f"{target['bar']:g}", "yes" if target["met"] else "no"]
-        for target in record["targets"]
-    ]
-    return _table(["target", "measured", "unit", "bar", "met"], rows)
-
-
-def _conditions(record: Record) -> list[str]:
+def _conditions(record: Record) -> str:
     machine = record["machine"]
     processor = f"{machine['cpu']}, {machine['threads']} threads, {machine['memory_gib']} GiB"
     software = f"torch {machine['torch']}, Python {machine['python']}"
@@ -52,18 +30,16 @@ def _conditions(record: Record) -> list[str]:
         [name, s["started"], f"{s['seconds'] / 60:.1f} min", f"{s['load_before']}", f"{s['load_after']}"]
         for name, s in record["sections"].items()
     ]
-    return [
-        f"{processor}; {software}. When each section ran, and the load average over a minute before and after it:",
-        "",
-        *_table(["section", "started", "took", "load before", "load after"], rows),
-    ]
+    when = "When each section ran, and the load average over a minute before and after it:"
+    head = ["section", "started", "took", "load before", "load after"]
+    return f"{processor}; {software}. {when}\n\n{table(head, rows)}"
 
 
-def _figure(name: str, alternative: str) -> list[str]:
-    return [f"![{alternative}](figures/bench_{name}.png)", ""]
+def _figure(name: str, alternative: str) -> str:
+    return f"![{alternative}](figures/bench_{name}.png)\n\n"
 
 
-def _operator(result: Record) -> list[str]:
+def _operator(result: Record) -> str:
     names = list(next(iter(result["seconds"].values())))
 
     def cells(by_name: dict[str, list[float]]) -> list[str]:
@@ -77,7 +53,7 @@ def _operator(result: Record) -> list[str]:
         return shown
 
     rows = [[f"{int(length):,}", *cells(by_name)] for length, by_name in result["seconds"].items()]
-    return _figure("operator", "Milliseconds against sequence length, each operator") + _table(["T", *names], rows)
+    return _figure("operator", "Milliseconds against sequence length, each operator") + table(["T", *names], rows)
 
 
 def _milliseconds(seconds: Sequence[float]) -> str:
@@ -90,16 +66,15 @@ def _few(taken: Sequence[float], most: Sequence[float]) -> str:
     return f" ({len(taken)} rounds)" if len(taken) < len(most) else ""
 
 
-def _step(result: Record) -> list[str]:
-    lines = _figure("step", "Seconds per optimiser step, each configuration and contender")
+def _step(result: Record) -> str:
+    parts = []
     for title, found in result["configurations"].items():
         seconds = found["seconds"]
         rate = result["sgemm_flops"] / median(seconds[SGEMM]) / 1e9
         share = f"{100 * sgemm_share(result, title):.1f} %"
-        lines += [
-            f"**{title}**, {found['tokens']:,} tokens: the full step at {share} of the sgemm's {rate:.0f} GFLOP/s.",
-            "",
-        ]
+        parts.append(
+            f"**{title}**, {found['tokens']:,} tokens: the full step at {share} of the sgemm's {rate:.0f} GFLOP/s."
+        )
         bounds = overheads(result, title)
         rows = [
             [
@@ -111,11 +86,11 @@ def _step(result: Record) -> list[str]:
             for name, taken in seconds.items()
             if name != SGEMM
         ]
-        lines += [*_table(["contender", "seconds a step", "over our full step", "bound of work"], rows), ""]
-    return lines[:-1]
+        parts.append(table(["contender", "seconds a step", "over our full step", "bound of work"], rows))
+    return _figure("step", "Seconds per optimiser step, each configuration and contender") + "\n\n".join(parts)
 
 
-def _points(points: Iterable[Record]) -> list[str]:
+def _points(points: Iterable[Record]) -> str:
     rows = [
         [
             point["method"],
@@ -128,41 +103,35 @@ def _points(points: Iterable[Record]) -> list[str]:
         ]
         for point in points
     ]
-    return _table(["method", "T", "C", "peak, MiB", "seconds a step", "steps counted"], rows)
+    return table(["method", "T", "C", "peak, MiB", "seconds a step", "steps counted"], rows)
 
 
-def _memory(result: Record) -> list[str]:
+def _memory(result: Record) -> str:
     pair = result["pair"]
     full, slim = pair["seconds"].values()
     where = f"In turns in one process that keeps its memory, T {pair['tokens']:,}, {len(slim)} rounds"
     chunked = f"`{POLICY}` with C = {pair['chunk_length']} {median(slim):.4g} s"
-    return [
-        *_figure("memory", "Peak memory and time per token against sequence length"),
-        *_points(result["points"]),
-        "",
-        f"{where}: full {median(full):.4g} s, {chunked}, {ratio(slim, full):.3g} x.",
-    ]
+    speeds = f"{where}: full {median(full):.4g} s, {chunked}, {ratio(slim, full):.3g} x."
+    figure = _figure("memory", "Peak memory and time per token against sequence length")
+    return f"{figure}{_points(result['points'])}\n\n{speeds}"
 
 
-def _tradeoff(result: Record) -> list[str]:
+def _tradeoff(result: Record) -> str:
     return _figure("tradeoff", "Peak memory and step time against chunk length") + _points(result["points"])
 
 
-def _longer(result: Record) -> list[str]:
+def _longer(result: Record) -> str:
     slim = result["slim"]
     cap = result["cap_bytes"]
     outcome = "below the cap" if fits_in(slim, cap) else "NOT below the cap"
     longest = f"{result['full_tokens']:,} tokens ({result['full_too_long']:,} do not)"
     longer = f"{slim['tokens']:,} tokens, {slim['tokens'] / result['full_tokens']:.4g} times as many, {outcome}"
-    return [
-        *_figure("longer", "Peak memory against sequence length under a cap"),
-        f"The longest full step that runs in {cap // MIB:,} MiB: {longest}. SLiM ran {longer}:",
-        "",
-        *_points([*sorted(result["full"], key=lambda point: int(point["tokens"])), slim]),
-    ]
+    figure = _figure("longer", "Peak memory against sequence length under a cap")
+    points = _points([*sorted(result["full"], key=lambda point: int(point["tokens"])), slim])
+    return f"{figure}The longest full step that runs in {cap // MIB:,} MiB: {longest}. SLiM ran {longer}:\n\n{points}"
 
 
-_TABLES: dict[str, Callable[[Record], list[str]]] = {
+_TABLES: dict[str, Callable[[Record], str]] = {
     "operator": _operator,
     "step": _step,
     "memory": _memory,

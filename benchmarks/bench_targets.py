@@ -12,14 +12,15 @@ from benchmarks.bench_memory import FULL, find, fits_in, peak_bytes
 from benchmarks.bench_pair import POLICY
 from benchmarks.bench_step import FULL as FULL_STEP
 from benchmarks.bench_step import PERFORMER_PYTORCH, SGEMM
+from benchmarks.page import Target, at_least, at_most
 
 LEAST_CHUNK = 256
 """Smallest C that the bound on time is promised for."""
 
 
-def targets(sections: Record) -> list[Record]:
+def targets(sections: Record) -> list[Target]:
     """Of all sections that have been measured; a quick run meets none."""
-    found: list[Record] = []
+    found: list[Target] = []
     for name, make in _TARGETS.items():
         if name in sections:
             shown = sections[name]["quick"]
@@ -27,18 +28,10 @@ def targets(sections: Record) -> list[Record]:
     return found
 
 
-def _at_least(name: str, value: float, unit: str, bar: float) -> Record:
-    return {"name": name, "value": round(value, 3), "unit": unit, "bar": bar, "met": value >= bar}
-
-
-def _at_most(name: str, value: float, unit: str, bar: float) -> Record:
-    return {"name": name, "value": round(value, 3), "unit": unit, "bar": bar, "met": value <= bar}
-
-
-def _operator(result: Record) -> Iterator[Record]:
+def _operator(result: Record) -> Iterator[Target]:
     seconds = result["seconds"][str(result["target_length"])]
     for peer, bar in (("published algorithm", 100), ("performer-pytorch", 10), ("softmax SDPA", 10)):
-        yield _at_least(f"operator: against {peer}", ratio(seconds[peer], seconds["slimtune"]), "times faster", bar)
+        yield at_least(f"operator: against {peer}", ratio(seconds[peer], seconds["slimtune"]), "times faster", bar)
 
 
 def sgemm_share(result: Record, configuration: str) -> float:
@@ -55,26 +48,26 @@ def overheads(result: Record, configuration: str) -> dict[str, tuple[float, floa
     return {name: (ratio(found["seconds"][name], full), chunk["bound"]) for name, chunk in found["chunked"].items()}
 
 
-def _step(result: Record) -> Iterator[Record]:
-    yield _at_least("sgemm share", sgemm_share(result, "PTB"), "of the sgemm rate, at least", 0.9)
+def _step(result: Record) -> Iterator[Target]:
+    yield at_least("sgemm share", sgemm_share(result, "PTB"), "of the sgemm rate, at least", 0.9)
     shares = [
         measured / bound
         for configuration in ("PTB", "ENW")
         for name, (measured, bound) in overheads(result, configuration).items()
         if result["configurations"][configuration]["chunked"][name]["chunk_length"] >= LEAST_CHUNK
     ]
-    yield _at_most("slim overhead", max(shares), "of the bound, at most", 1.0)
+    yield at_most("slim overhead", max(shares), "of the bound, at most", 1.0)
     seconds = result["configurations"]["PTB"]["seconds"]
     for peer, name, bar in (
         ("published algorithm", "published algorithm, full", 5),
         ("performer-pytorch, 266 features", PERFORMER_PYTORCH, 10),
     ):
-        yield _at_least(f"step: against {peer}", ratio(seconds[name], seconds[FULL_STEP]), "times faster", bar)
+        yield at_least(f"step: against {peer}", ratio(seconds[name], seconds[FULL_STEP]), "times faster", bar)
 
 
-def _memory(result: Record) -> Iterator[Record]:
+def _memory(result: Record) -> Iterator[Target]:
     seconds = result["pair"]["seconds"]
-    yield _at_most(
+    yield at_most(
         "slim overhead at T = 64k", ratio(seconds[POLICY], seconds[FULL]), "of the full step's time, at most", 1.0
     )
 
@@ -82,9 +75,9 @@ def _memory(result: Record) -> Iterator[Record]:
         return peak_bytes(find(result["points"], method=method, tokens=tokens))
 
     tokens = result["compared_at"]
-    yield _at_least("memory: full over slim", peak(FULL, tokens) / peak(POLICY, tokens), "times less", 10)
+    yield at_least("memory: full over slim", peak(FULL, tokens) / peak(POLICY, tokens), "times less", 10)
     short, long = result["flat_between"]
-    yield _at_most("memory: 1M over 64k tokens", peak(POLICY, long) / peak(POLICY, short), "ratio, at most", 1.03)
+    yield at_most("memory: 1M over 64k tokens", peak(POLICY, long) / peak(POLICY, short), "ratio, at most", 1.03)
 
 
 def _longer_ratio(result: Record) -> float:
@@ -94,11 +87,11 @@ def _longer_ratio(result: Record) -> float:
     return longer if fits_in(slim, result["cap_bytes"]) else 0.0
 
 
-def _longer(result: Record) -> Iterator[Record]:
-    yield _at_least("longer", _longer_ratio(result), "times longer", 100)
+def _longer(result: Record) -> Iterator[Target]:
+    yield at_least("longer", _longer_ratio(result), "times longer", 100)
 
 
-_TARGETS: dict[str, Callable[[Record], Iterator[Record]]] = {
+_TARGETS: dict[str, Callable[[Record], Iterator[Target]]] = {
     "operator": _operator,
     "step": _step,
     "memory": _memory,

@@ -1,14 +1,11 @@
-"""From results to docs/paper.md, docs/figures/paper.json and the figures.
-
-The page's prose is written by hand; between `<!-- NAME -->` and `<!-- /NAME -->` stands what the results say.
-"""
+"""From results to docs/paper.md, docs/figures/paper.json and the figures."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import platform
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,11 +13,13 @@ from typing import Any, TypeVar
 import torch
 
 from benchmarks import paper_copying, paper_figures, paper_gradients, paper_language
+from benchmarks.page import Target, fill, table, targets_table
 from benchmarks.paper_runs import BITS, read_result, write_json
 
 Result = dict[str, Any]
 Item = TypeVar("Item")
 
+PARTS = ("copying", "language", "gradients")
 CURVE_POINTS = 200
 """Of each curve in paper.json, at most."""
 FINAL_STEPS = 200
@@ -32,34 +31,29 @@ GRADIENT_BAR = 1e-5
 
 
 def write(work: Path, docs: Path) -> None:
-    """Write the page's blocks, the figures and the record of every part that has all its results."""
-    copying = _results(work, [run.name for run in paper_copying.runs(None)])
-    language = _results(work, [run.name for run in paper_language.runs(None)])
-    gradients = read_result(work, paper_gradients.NAME)
-    targets: list[dict[str, Any]] = []
-    blocks: dict[str, str] = {}
-    record: dict[str, Any] = {"machine": _machine()}
-    figures = docs / "figures"
+    """Write the page's blocks, the figures and the record of every part that has all its results in the work folder.
+    Of the others the page and the record keep what they have."""
+    figures, page = docs / "figures", docs / "paper.md"
     figures.mkdir(parents=True, exist_ok=True)
-    if copying:
-        targets += copying_targets(copying)
+    path = figures / "paper.json"
+    parts: dict[str, Any] = json.loads(path.read_text())["parts"] if path.exists() else {}
+    blocks: dict[str, str] = {}
+    if copying := _results(work, [run.name for run in paper_copying.runs(None)]):
+        parts["copying"] = {"targets": copying_targets(copying), "runs": [thinned(result) for result in copying]}
         blocks["copying"] = copying_block(copying)
         paper_figures.draw_copying(copying, figures / "paper-copying.png")
-        record["copying"] = [thinned(result) for result in copying]
-    if language:
-        targets += language_targets(language)
+    if language := _results(work, [run.name for run in paper_language.runs(None)]):
+        parts["language"] = {"targets": language_targets(language), "runs": [thinned(result) for result in language]}
         blocks["language"] = language_block(language)
         paper_figures.draw_language(language, figures / "paper-language.png")
-        record["language"] = [thinned(result) for result in language]
-    if gradients:
-        targets += gradient_targets(gradients)
+    if gradients := read_result(work, paper_gradients.NAME):
+        parts["gradients"] = {"targets": gradient_targets(gradients), "runs": gradients}
         blocks["gradients"] = gradient_block(gradients)
         paper_figures.draw_gradients(gradients, figures / "paper-gradients.png")
-        record["gradients"] = gradients
-    blocks["targets"] = targets_block(targets)
+    targets = [target for name in PARTS if name in parts for target in parts[name]["targets"]]
+    blocks["targets"] = targets_table(targets)
     blocks["machine"] = f"Measured with {_machine()}."
-    write_json(figures / "paper.json", {"targets": targets, **record})
-    page = docs / "paper.md"
+    write_json(path, {"targets": targets, "machine": _machine(), "parts": parts}, indent=1)
     page.write_text(fill(page.read_text(), blocks))
     for line in targets:
         print(f"{'met ' if line['met'] else 'OPEN'} {line['name']}: {line['value']:.4g} {line['unit']}")
@@ -101,7 +95,7 @@ def _is_whole(result: Result) -> bool:
     return bool(result["steps"] >= result["planned_steps"])
 
 
-def copying_targets(results: list[Result]) -> list[dict[str, Any]]:
+def copying_targets(results: list[Result]) -> list[Target]:
     """Every variant learns to copy, and all equally well."""
     whole = all(map(_is_whole, results))
     accuracies = [final_accuracy(result) for result in results]
@@ -117,7 +111,7 @@ def copying_targets(results: list[Result]) -> list[dict[str, Any]]:
     ]
 
 
-def language_targets(results: list[Result]) -> list[dict[str, Any]]:
+def language_targets(results: list[Result]) -> list[Target]:
     """The curves are one curve."""
     full, *others = results
     means = [sum(apart) / len(apart) for apart in (difference_bits(result, full) for result in others)]
@@ -125,14 +119,14 @@ def language_targets(results: list[Result]) -> list[dict[str, Any]]:
     return [_target("learning curves apart", max(means), "bits per character, mean", APART_BAR_BITS, met)]
 
 
-def gradient_targets(result: Result) -> list[dict[str, Any]]:
+def gradient_targets(result: Result) -> list[Target]:
     """The gradient keeps its digits at every chunk length."""
     worst = max(result["ways"][0]["errors"])
     met = result["sequence_length"] >= paper_gradients.SEQUENCE_LENGTH and worst <= GRADIENT_BAR
     return [_target("gradient error reverse float64", worst, "relative, worst C", GRADIENT_BAR, met)]
 
 
-def _target(name: str, value: float, unit: str, bar: float, met: bool) -> dict[str, Any]:
+def _target(name: str, value: float, unit: str, bar: float, met: bool) -> Target:
     return {"name": name, "value": float(f"{value:.4g}"), "unit": unit, "bar": bar, "met": met}
 
 
@@ -197,39 +191,12 @@ def gradient_block(result: Result) -> str:
     return f"![Gradient error against the chunk length](figures/paper-gradients.png)\n\n{table(header, rows)}"
 
 
-def targets_block(targets: list[dict[str, Any]]) -> str:
-    """What was to be shown, and whether it was."""
-    rows = [
-        (line["name"], f"{line['value']:.4g}", f"{line['bar']:.4g}", line["unit"], "yes" if line["met"] else "no")
-        for line in targets
-    ]
-    return table(("what", "value", "bar", "unit", "met"), rows)
-
-
 def _block(results: list[Result], figure: str, alternative: str, rows: str) -> str:
     block = f"![{alternative}](figures/{figure})\n\n{rows}"
     if not all(map(_is_whole, results)):
         steps, planned = results[0]["steps"], results[0]["planned_steps"]
         block = f"**Shortened: {steps:,} steps of {planned:,}. This shows that the program runs, no more.**\n\n{block}"
     return block
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def fill(page: str, blocks: dict[str, str]) -> str:
-    """The page with what stands between each pair of markers replaced; a missing pair is an error."""
-    for name, content in blocks.items():
-        opening, closing = f"<!-- {name} -->", f"<!-- /{name} -->"
-        pattern = re.compile(re.escape(opening) + ".*?" + re.escape(closing), re.DOTALL)
-        filled = f"{opening}\n{content}\n{closing}"
-        page, count = pattern.subn(lambda _, text=filled: text, page)  # type: ignore[misc]
-        if count != 1:
-            raise ValueError(f"{name}: the page must have this pair of markers once")
-    return page
 
 
 def thin(values: Sequence[Item], limit: int) -> list[Item]:

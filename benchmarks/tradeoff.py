@@ -35,7 +35,7 @@ FIGURES = ROOT / "docs" / "figures"
 MODEL = "performer-tiny"
 SEQUENCE_LENGTH = 8_192
 CHUNK_LENGTHS = (8_192, 4_096, 2_048, 1_024, 512, 256, 128, 64, 32)
-STEPS = 5
+TRAIN = TrainConfig(sequence_length=SEQUENCE_LENGTH, batch_size=1, steps=5)
 ROUNDS = 3
 CAP_BYTES = 300 * 2**20
 """The demonstration's."""
@@ -56,7 +56,7 @@ def main() -> None:
     threads = os.cpu_count() or 1
     calibration = measure(threads)
     model = BUILTIN_MODELS[MODEL]
-    workload = Workload(model, SEQUENCE_LENGTH, batch_size=1, steps=STEPS)
+    workload = Workload(model, TRAIN)
     chosen = plan_job(workload, CAP_BYTES, calibration)
     lengths = sorted({*CHUNK_LENGTHS, chosen.chunk_length}, reverse=True)
     plans = [plan_job(workload, 1 << 50, calibration, Chunking(n, chosen.state_policy)) for n in lengths]
@@ -79,7 +79,7 @@ def main() -> None:
 def _probe(plan: Plan, data: Path, threads: int) -> dict[str, Any]:
     spec = {
         "model": BUILTIN_MODELS[MODEL].to_json(),
-        "train": TrainConfig(sequence_length=SEQUENCE_LENGTH, batch_size=1, steps=STEPS).to_json(),
+        "train": TRAIN.to_json(),
         "plan": plan.to_json(),
         "data": str(data),
         "threads": threads,

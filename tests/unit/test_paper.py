@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import paper_copying, paper_figures, paper_gradients, paper_language, paper_report, paper_runs
+from benchmarks.page import fill
 from slim_core.config import ModelConfig
 from slim_core.layers.head import IGNORED
 from slim_core.model import LanguageModel
@@ -197,11 +198,11 @@ def test_thinned_curve_keeps_its_ends(length: int, limit: int) -> None:
 
 def test_page_is_filled_between_its_markers_and_again() -> None:
     page = "# Page\n<!-- a -->\nold\n<!-- /a -->\ntext\n"
-    once = paper_report.fill(page, {"a": r"new \1"})
-    assert once == "# Page\n<!-- a -->\nnew \\1\n<!-- /a -->\ntext\n"
-    assert paper_report.fill(once, {"a": "x"}) == page.replace("old", "x")
+    once = fill(page, {"a": r"new \1"})
+    assert once == "# Page\n<!-- a -->\n\nnew \\1\n\n<!-- /a -->\ntext\n"
+    assert fill(once, {"a": "old"}) == page.replace("old", "\nold\n")
     with pytest.raises(ValueError, match="b: "):
-        paper_report.fill(page, {"b": ""})
+        fill(page, {"b": ""})
 
 
 def a_result(label: str, accuracy: float, losses: list[float], planned_steps: int) -> dict[str, Any]:
@@ -253,4 +254,4 @@ def test_labels_keep_their_order_and_their_distance() -> None:
 
 def test_committed_page_has_every_marker() -> None:
     page = (Path(__file__).parents[2] / "docs" / "paper.md").read_text()
-    paper_report.fill(page, dict.fromkeys(("copying", "language", "gradients", "targets", "machine"), "x"))
+    fill(page, dict.fromkeys(("copying", "language", "gradients", "targets", "machine"), "x"))
