@@ -7,7 +7,14 @@ from typing import Any, Generic, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from api.schemas import ChunkingChoice, EarlyStoppingFields, OptimizerFields, ScheduleFields
+from api.schemas import (
+    ChunkingChoice,
+    EarlyStoppingFields,
+    FullFields,
+    MethodChoice,
+    OptimizerChoice,
+    ScheduleFields,
+)
 from service import models as rows
 from service.status import TERMINAL, JobStatus
 from slim_core.config import ModelConfig
@@ -103,8 +110,10 @@ class PlanResponse(_Response):
     predicted_total_seconds: float
     unchunked_peak_bytes: int = Field(description="Predicted peak of the ordinary step, whole batch and sequence.")
     minimum_cap_bytes: int = Field(description="The smallest cap for which there is a plan.")
+    max_sequence_length: int = Field(description="The longest sequence that this cap can train, other things equal.")
     reason: str
     calibration_source: str
+    time_factor: float = Field(description="What finished jobs of this model taught about times, in the prediction.")
     frontier: list[FrontierResponse] = Field(description="Plans that no other beats in both memory and time.")
 
 
@@ -113,6 +122,26 @@ class PlanAnswer(PlanResponse):
 
     memory_cap_bytes: int
     total_steps: int
+
+
+class GradientCheckResponse(_Response):
+    """The gradient of one real sequence under the plan, compared with that of another chunk length."""
+
+    chunk_length: int
+    compared_with: int = Field(description="The other chunk length; `sequence_length` is the ordinary step.")
+    relative_error: float = Field(description="Norm of the difference over the norm of the gradient.")
+
+
+class CertificateResponse(_Response):
+    """What a finished job can show of its promises."""
+
+    memory_cap_bytes: int
+    predicted_peak_bytes: int
+    probed_peak_bytes: int | None = Field(description="Of the first micro-batch, before anything was trained.")
+    measured_peak_bytes: int | None
+    cap_held: bool
+    num_chunks: int
+    gradient_check: GradientCheckResponse | None = Field(description="Null where it could not be done.")
 
 
 class ProgressResponse(_Response):
@@ -146,8 +175,12 @@ class JobResponse(_Response):
     batch_size: int
     steps: int | None
     epochs: int | None
-    optimizer: OptimizerFields
+    optimizer: OptimizerChoice
     schedule: ScheduleFields
+    method: MethodChoice = Field(default_factory=FullFields)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    dropout: float = 0.0
+    label_smoothing: float = 0.0
     gradient_clip: float | None
     evaluate_every: int | None
     evaluate_sequences: int
@@ -163,8 +196,10 @@ class JobResponse(_Response):
     attempt: int
     plan: PlanResponse
     predicted_peak_bytes: int
+    probed_peak_bytes: int | None
     measured_peak_bytes: int | None
     progress: ProgressResponse
+    certificate: CertificateResponse | None = Field(description="Of a job that has succeeded.")
     output_model: str | None
     error: JobError | None
 
@@ -180,12 +215,28 @@ class JobResponse(_Response):
             "attempt": job.attempt,
             "plan": job.plan,
             "predicted_peak_bytes": job.predicted_peak_bytes,
+            "probed_peak_bytes": job.probed_peak_bytes,
             "measured_peak_bytes": job.measured_peak_bytes,
+            "certificate": _certificate(job),
             "progress": _progress(job),
             "output_model": job.output_model_id,
             "error": job.error,
         }
         return cls.model_validate({**job.spec, **added})
+
+
+def _certificate(job: rows.Job) -> dict[str, Any] | None:
+    if job.status != JobStatus.SUCCEEDED:
+        return None
+    return {
+        "memory_cap_bytes": job.memory_cap_bytes,
+        "predicted_peak_bytes": job.predicted_peak_bytes,
+        "probed_peak_bytes": job.probed_peak_bytes,
+        "measured_peak_bytes": job.measured_peak_bytes,
+        "cap_held": job.measured_peak_bytes is not None and job.measured_peak_bytes <= job.memory_cap_bytes,
+        "num_chunks": job.plan["num_chunks"],
+        "gradient_check": job.gradient_check,
+    }
 
 
 def _progress(job: rows.Job) -> dict[str, Any]:

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+    field_validator,
+)
 
 from api.units import parse_bytes
 
@@ -40,15 +51,86 @@ class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class OptimizerFields(_Request):
-    """AdamW; decay on matrices only."""
+def _tag_by(field: str, default: str) -> Callable[[Any], str]:
+    """Which member of a union is meant: by one of its fields, which may be left out."""
+
+    def tag(value: Any) -> str:
+        if isinstance(value, BaseModel):
+            return f"~{getattr(value, field)}"
+        return f"~{value.get(field, default)}" if isinstance(value, dict) else f"~{default}"
+
+    return tag
+
+
+class _OptimizerFields(_Request):
+    learning_rate: float = Field(1e-3, gt=0, le=10, description="Peak of the schedule.")
+    weight_decay: float = Field(0.01, ge=0, lt=10, description="Of matrices only.")
+
+
+class AdamWFields(_OptimizerFields):
+    """Two numbers of state per weight."""
 
     name: Literal["adamw"] = "adamw"
-    learning_rate: float = Field(1e-3, gt=0, le=10, description="Peak of the schedule.")
-    weight_decay: float = Field(0.01, ge=0, lt=10)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.98, ge=0, lt=1)
     epsilon: float = Field(1e-8, gt=0, lt=1)
+
+
+class AdafactorFields(_OptimizerFields):
+    """Hardly any state: one number per row and column of a matrix."""
+
+    name: Literal["adafactor"]
+
+
+class SgdFields(_OptimizerFields):
+    """One number of state per weight; none without momentum."""
+
+    name: Literal["sgd"]
+    momentum: float = Field(0.9, ge=0, lt=1)
+
+
+OptimizerChoice = Annotated[
+    Annotated[AdamWFields, Tag("~adamw")]
+    | Annotated[AdafactorFields, Tag("~adafactor")]
+    | Annotated[SgdFields, Tag("~sgd")],
+    Discriminator(
+        _tag_by("name", "adamw"),
+        custom_error_type="unknown_optimizer",
+        custom_error_message="name must be adamw, adafactor or sgd",
+    ),
+]
+
+
+class FullFields(_Request):
+    """Train all weights."""
+
+    type: Literal["full"] = "full"
+
+
+class LoraFields(_Request):
+    """Train low-rank adapters beside frozen weights. The output model has them merged in."""
+
+    type: Literal["lora"]
+    rank: int = Field(8, ge=1, le=4_096)
+    alpha: float = Field(16.0, gt=0, le=1e6, description="Adapters are scaled by alpha / rank.")
+    targets: list[Literal["query", "key_value", "output", "mlp_in", "mlp_out"]] = Field(
+        ["query", "key_value"], min_length=1, max_length=5, description="Linear layers of each block with an adapter."
+    )
+
+    @field_validator("targets")
+    @classmethod
+    def _each_once(cls, targets: list[str]) -> list[str]:
+        if len(set(targets)) < len(targets):
+            raise ValueError("must not name a layer twice")
+        return targets
+
+
+MethodChoice = Annotated[
+    Annotated[FullFields, Tag("~full")] | Annotated[LoraFields, Tag("~lora")],
+    Discriminator(
+        _tag_by("type", "full"), custom_error_type="unknown_method", custom_error_message="type must be full or lora"
+    ),
+]
 
 
 class ScheduleFields(_Request):
@@ -98,8 +180,16 @@ class PlanRequest(_Request):
     batch_size: int = Field(1, ge=1, le=65_536, description="Sequences per optimiser step.")
     steps: int | None = Field(None, ge=1, le=1_000_000_000, description="Optimiser steps. This or `epochs`.")
     epochs: int | None = Field(None, ge=1, le=1_000_000, description="Passes over the dataset. This or `steps`.")
-    optimizer: OptimizerFields = Field(default_factory=OptimizerFields)
+    optimizer: OptimizerChoice = Field(default_factory=AdamWFields)
     schedule: ScheduleFields = Field(default_factory=ScheduleFields)
+    method: MethodChoice = Field(default_factory=FullFields)
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Of activations and matrix products; weights and their updates stay in float32."
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of channels set to zero after each sub-layer.")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="Share of the target's probability spread over the vocabulary."
+    )
     gradient_clip: float | None = Field(
         1.0, gt=0, le=1e9, description="Largest global norm of the gradient; null for no clipping."
     )
@@ -126,6 +216,12 @@ class JobRequest(PlanRequest):
     """A job to run."""
 
     dataset: Reference = Field(description="Id of the training data.")
+
+
+class ResumeRequest(_Request):
+    """What changes when a paused job goes on."""
+
+    memory_cap: MemoryCap | None = Field(None, description="Another cap: bytes, or a text such as `1.5GiB`.")
 
 
 JOB_EXAMPLES: dict[str, Any] = {

@@ -8,19 +8,21 @@ from dataclasses import dataclass
 from sqlalchemy.orm import Session
 
 from api.errors import InvalidRequestError
-from api.schemas import ChunkingFields, PlanRequest
+from api.schemas import ChunkingFields, FullFields, LoraFields, PlanRequest
 from service import base_models, calibrations, datasets
 from service.errors import DatasetTooSmallError
-from service.models import Dataset
+from service.models import Dataset, Job
 from slim_core.config import (
     BUILTIN_MODELS,
     EarlyStoppingConfig,
+    LoraConfig,
     ModelConfig,
     OptimizerConfig,
     ScheduleConfig,
     TrainConfig,
 )
 from slim_core.planning import Calibration, Chunking, Plan, Workload, default_calibration, plan_job
+from slim_core.planning.memory_model import check_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -48,19 +50,27 @@ def resolve(session: Session, request: PlanRequest) -> PlannedWorkload:
     _dataset(session, "validation_dataset", request.validation_dataset, request.sequence_length)
     model, base_model_id = _model(session, request.model)
     train = _train_config(request, _steps(request, dataset))
-    workload = Workload(
-        model=model,
-        sequence_length=train.sequence_length,
-        batch_size=train.batch_size,
-        steps=train.steps,
-    )
+    if train.lora is not None:
+        try:
+            check_adapters(model, train.lora)
+        except ValueError as error:
+            raise InvalidRequestError(("method.targets", str(error).removeprefix("targets: "))) from error
+    workload = Workload(model, train)
     chunking = None
     if isinstance(request.chunking, ChunkingFields):
         chunking = Chunking(request.chunking.chunk_length, request.chunking.state_policy)
         if chunking.chunk_length > request.sequence_length:
             raise InvalidRequestError(("chunking.chunk_length", "must be at most sequence_length"))
-    plan = plan_job(workload, request.memory_cap, _calibration(session), chunking=chunking)
+    plan = plan_job(workload, request.memory_cap, _calibration(session, workload), chunking=chunking)
     return PlannedWorkload(model=model, base_model_id=base_model_id, train=train, plan=plan)
+
+
+def replan(session: Session, job: Job, memory_cap: int) -> Plan:
+    """The plan of a job that exists under another cap. Raises MemoryCapInfeasibleError."""
+    workload = Workload(ModelConfig.from_json(job.model_config), TrainConfig.from_json(job.train))
+    own = job.spec.get("chunking", "auto")
+    chunking = None if own == "auto" else Chunking(own["chunk_length"], own["state_policy"])
+    return plan_job(workload, memory_cap, _calibration(session, workload), chunking=chunking)
 
 
 def _check_rules(request: PlanRequest) -> None:
@@ -117,6 +127,10 @@ def _train_config(request: PlanRequest, steps: int) -> TrainConfig:
         steps=steps,
         optimizer=OptimizerConfig(**request.optimizer.model_dump()),
         schedule=ScheduleConfig(**request.schedule.model_dump()),
+        lora=_lora(request.method),
+        precision=request.precision,
+        dropout=request.dropout,
+        label_smoothing=request.label_smoothing,
         gradient_clip=request.gradient_clip,
         evaluate_every=evaluate_every,
         evaluate_sequences=request.evaluate_sequences,
@@ -126,8 +140,14 @@ def _train_config(request: PlanRequest, steps: int) -> TrainConfig:
     )
 
 
-def _calibration(session: Session) -> Calibration:
-    measured = calibrations.current(session)
+def _lora(method: FullFields | LoraFields) -> LoraConfig | None:
+    if isinstance(method, FullFields):
+        return None
+    return LoraConfig(method.rank, method.alpha, tuple(method.targets))
+
+
+def _calibration(session: Session, workload: Workload) -> Calibration:
+    measured = calibrations.for_job(session, workload.model.to_json(), workload.train.to_json())
     if measured is not None:
         try:
             return Calibration.from_json(measured)

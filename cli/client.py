@@ -62,6 +62,16 @@ class JobFailure(TypedDict):
     hint: str | None
 
 
+class GradientCheck(TypedDict):
+    chunk_length: int
+    compared_with: int
+    relative_error: float
+
+
+class Certificate(TypedDict):
+    gradient_check: GradientCheck | None
+
+
 class Job(TypedDict):
     id: str
     status: str
@@ -70,6 +80,7 @@ class Job(TypedDict):
     memory_cap: int
     predicted_peak_bytes: int
     measured_peak_bytes: int | None
+    certificate: Certificate | None
     progress: Progress
     output_model: str | None
     error: JobFailure | None

@@ -268,6 +268,9 @@ def _show_result(console: Console, job: Job, metrics: list[Metric]) -> None:
         _known(statistics.median(seconds) if seconds else None, format_seconds),
     )
     table.add_row("unchunked peak", format_bytes(plan["unchunked_peak_bytes"]), "not run: it would break the cap")
+    if job["certificate"] is not None and (check := job["certificate"]["gradient_check"]) is not None:
+        beside = f"against chunks of {check['compared_with']:,}"
+        table.add_row("gradient error", "0", f"{check['relative_error']:.1e} {beside}")
     console.print(table)
 
 

@@ -5,6 +5,8 @@ Every function works in the caller's transaction and commits nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import func, select, update
@@ -84,16 +86,25 @@ def page(
     return newest_first(session, query, Job.id, after, limit)
 
 
-def request(session: Session, job_id: str, action: Action) -> Job:
+@dataclass(frozen=True, slots=True)
+class NewCap:
+    """What a paused job goes on under."""
+
+    memory_cap_bytes: int
+    plan: dict[str, Any]
+
+
+def request(session: Session, job_id: str, action: Action, new_cap: Callable[[Job], NewCap] | None = None) -> Job:
     """Cancel, pause or resume, by the table in status.py. Asking again for what is already so changes nothing.
 
-    A job that no worker holds changes at once; a running one is told at its next heartbeat.
-    Raises NotFoundError, JobStateConflictError.
+    A job that no worker holds changes at once; a running one is told at its next heartbeat. With `new_cap`, which is
+    asked while the job's row is locked, a paused job is planned anew; in any other state that is a conflict.
+    Raises NotFoundError, JobStateConflictError, and what `new_cap` raises.
     """
     job = _locked(session, job_id)
     before = JobStatus(job.status), Desired(job.desired)
     outcome = REQUESTS.get((action, *before))
-    if outcome is None:
+    if outcome is None or (new_cap is not None and before[0] is not JobStatus.PAUSED):
         raise JobStateConflictError(job_id, action, job.status, job.desired)
     if outcome == before:
         return job
@@ -103,12 +114,30 @@ def request(session: Session, job_id: str, action: Action) -> Job:
         values["finished_at"] = func.clock_timestamp()
     if (before[0], status) == (JobStatus.PAUSED, JobStatus.QUEUED):
         values["failures"] = 0  # the user asks for a fresh try
+    if new_cap is not None:
+        values |= _under(job, new_cap(job))
     guard = (Job.id == job_id, Job.status == before[0].value)
     row = session.scalars(
         update(Job).where(*guard).values(values).returning(Job), execution_options={"populate_existing": True}
     ).one()
     events.record(session, job_id, row.attempt, _event_of(action, before[0], status))
+    if new_cap is not None:
+        data = {"memory_cap": row.memory_cap_bytes, "chunk_length": row.plan.get("chunk_length")}
+        events.record(session, job_id, row.attempt, "replanned", data)
     return row
+
+
+def _under(job: Job, new_cap: NewCap) -> dict[str, Any]:
+    """The columns that a new cap changes. The peak so far was another plan's; its steps keep theirs."""
+    return {
+        "memory_cap_bytes": new_cap.memory_cap_bytes,
+        "spec": {**job.spec, "memory_cap": new_cap.memory_cap_bytes},
+        "plan": new_cap.plan,
+        "predicted_peak_bytes": new_cap.plan["predicted_peak_bytes"],
+        "probed_peak_bytes": None,
+        "measured_peak_bytes": None,
+        "memory_replans": 0,
+    }
 
 
 def queued_ids(session: Session, limit: int = 100) -> list[str]:

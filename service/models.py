@@ -108,7 +108,11 @@ class Job(Base):
     loss: Mapped[float | None]
     step_seconds: Mapped[float | None]
     predicted_peak_bytes: Mapped[int]
+    probed_peak_bytes: Mapped[int | None]
+    """Of the last attempt's first micro-batch, before it trained anything."""
     measured_peak_bytes: Mapped[int | None]
+    gradient_check: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+    """{chunk_length, compared_with, relative_error}."""
     output_model_id: Mapped[str | None] = mapped_column(Id)
     error: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
     """{code, message, step, hint} of a failed job."""
@@ -160,6 +164,21 @@ class Checkpoint(Base):
     path: Mapped[str]
     """Relative to the data folder."""
     is_best: Mapped[bool] = mapped_column(server_default=text("false"))
+
+
+class ShapeCalibration(Base):
+    """What finished jobs taught about one shape of model on one kind of device."""
+
+    __tablename__ = "shape_calibrations"
+
+    device: Mapped[str] = mapped_column(primary_key=True)
+    shape: Mapped[str] = mapped_column(primary_key=True)
+    """Hash of what the time of a step depends on beside the plan."""
+    time_factor: Mapped[float]
+    """Measured over predicted time of a step, in the calibration's own prediction."""
+    jobs: Mapped[int]
+    """That it was learned from."""
+    updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
 class CalibrationRecord(Base):

@@ -159,6 +159,18 @@ def record_evaluation(session: Session, job_id: str, attempt: int, step: int, lo
     events.record(session, job_id, attempt, "evaluation", {"step": step, "loss": loss})
 
 
+def record_probe(session: Session, job_id: str, attempt: int, peak_bytes: int) -> None:
+    """Store the peak of the planned step's first micro-batch. Raises FencedError."""
+    fenced_update(session, job_id, attempt, probed_peak_bytes=peak_bytes)
+    events.record(session, job_id, attempt, "probed", {"peak_bytes": peak_bytes})
+
+
+def record_gradient_check(session: Session, job_id: str, attempt: int, peak_bytes: int, check: dict[str, Any]) -> None:
+    """Store what the finished job's certificate says of the gradient; its peak counts. Raises FencedError."""
+    peak = func.greatest(Job.measured_peak_bytes, peak_bytes)
+    fenced_update(session, job_id, attempt, gradient_check=clean_json(check), measured_peak_bytes=peak)
+
+
 def finish(
     session: Session,
     job_id: str,
@@ -212,6 +224,8 @@ def release(
         values: dict[str, Any] = {
             "plan": plan,
             "predicted_peak_bytes": plan["predicted_peak_bytes"],
+            "probed_peak_bytes": None,  # those so far were of the plan that is given up
+            "measured_peak_bytes": None,
             "memory_replans": Job.memory_replans + 1,
         }
         events.record(session, job_id, attempt, "replanned", {"chunk_length": plan.get("chunk_length")})

@@ -64,6 +64,17 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class GradientCheck:
+    """The gradient of one real sequence under the plan beside the same under another chunk length."""
+
+    chunk_length: int
+    compared_with: int
+    """The other chunk length; the whole sequence is the ordinary step."""
+    relative_error: float
+    """Norm of the difference over the norm of the gradient, all trained weights together."""
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """The last report. `reason`: completed, early_stopping, or stopped on request."""
 
@@ -142,6 +153,38 @@ class TrainingRun:
         self._progress = _Progress(**training)
         self._saved_step = self._progress.step
 
+    def probe(self) -> int:
+        """Peak in bytes after the next step's first micro-batch, whose gradient is thrown away.
+
+        It shows within one micro-batch, and before any weight has changed, whether the plan holds what it promises.
+        Raises what the allocator raises at the cap.
+        """
+        if self._progress.step < self._config.steps:
+            try:
+                self._add_gradient(self._progress.step, first=0)
+            except _StopRequestedError:
+                pass  # the loop will see it too, and save
+            finally:
+                self._optimizer.zero_grad(set_to_none=False)
+        return self._meter.peak_bytes()
+
+    def check_gradient(self, other_chunk_length: int) -> GradientCheck:
+        """Compare the plan's gradient with that of another chunk length, in the memory of the longer chunk's step.
+
+        The second gradient is taken away from the first where that lies. Raises what the allocator raises.
+        """
+        step = self._config.steps - 1
+        try:
+            self._add_gradient(step, first=0, count=1)
+            norm = self._gradient_norm()
+            self._add_gradient(step, first=0, count=1, chunk_length=other_chunk_length, weight=-1.0)
+            error = self._gradient_norm() / norm
+            if not math.isfinite(error):
+                raise DivergedError(self._progress.step, "the gradient after")
+            return GradientCheck(self._plan.chunk_length, other_chunk_length, error)
+        finally:
+            self._optimizer.zero_grad(set_to_none=False)
+
     def reports(self) -> Iterator[Report]:
         """Train to the end and say what happens. Raises DivergedError, and what the allocator raises at the cap."""
         config = self._config
@@ -151,6 +194,7 @@ class TrainingRun:
                 yield self._train_step()
             except _StopRequestedError:
                 reason = "stopped"
+                self._model.redraw_features(max(self._progress.step - 1, 0))  # those that the weights have seen
                 break
             step = self._progress.step
             last = step == config.steps
@@ -195,25 +239,34 @@ class TrainingRun:
         )
 
     def _accumulate_gradients(self, step: int) -> float:
-        batch_size, micro_batch = self._config.batch_size, self._plan.micro_batch_size
+        # One micro-batch at a time: the token ids of the others would be memory that no plan counts.
+        micro_batches = range(0, self._config.batch_size, self._plan.micro_batch_size)
+        return sum(self._add_gradient(step, first) for first in micro_batches)
+
+    def _add_gradient(
+        self, step: int, first: int, count: int | None = None, chunk_length: int | None = None, weight: float = 1.0
+    ) -> float:
+        """Of sequences `first` and after of the step's batch, a micro-batch unless `count` says how many; returns their
+        share of the loss."""
+        config, plan = self._config, self._plan
         self._model.redraw_features(step)
-        loss = 0.0
-        for first in range(0, batch_size, micro_batch):
-            count = min(micro_batch, batch_size - first)
-            # One micro-batch at a time: the token ids of the others would be memory that no plan counts.
-            tokens, targets = (part.to(self._device) for part in self._data.batch(step * batch_size + first, count))
-            loss += slim_step(
-                self._model,
-                tokens,
-                targets,
-                chunk_length=self._plan.chunk_length,
-                state_policy=self._plan.state_policy,
-                dropout=Dropout(self._config.dropout, self._config.seed, step, first_row=first),
-                label_smoothing=self._config.label_smoothing,
-                normaliser=batch_size * self._config.sequence_length,
-                between_chunks=self._stop_between_chunks,
-            )
-        return loss
+        count = min(count or plan.micro_batch_size, config.batch_size - first)
+        tokens, targets = (part.to(self._device) for part in self._data.batch(step * config.batch_size + first, count))
+        return slim_step(
+            self._model,
+            tokens,
+            targets,
+            chunk_length=chunk_length or plan.chunk_length,
+            state_policy=plan.state_policy,
+            weight=weight,
+            dropout=Dropout(config.dropout, config.seed, step, first_row=first),
+            label_smoothing=config.label_smoothing,
+            normaliser=config.batch_size * config.sequence_length,
+            between_chunks=self._stop_between_chunks,
+        )
+
+    def _gradient_norm(self) -> float:
+        return float(torch.nn.utils.get_total_norm([p.grad for p in self._model.parameters() if p.grad is not None]))
 
     def _stop_between_chunks(self) -> None:
         if self._stop_requested():

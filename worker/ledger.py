@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sqlalchemy import Engine
@@ -21,7 +21,7 @@ from service.settings import Settings
 from service.status import Desired
 from service.storage import Storage
 from worker.lease import Lease, LeaseLostError, now
-from worker.messages import Checkpoint, Evaluation, Metric
+from worker.messages import Checkpoint, Evaluation, GradientCheck, Metric, Probed
 
 METRICS_SECONDS = 1.0
 """The longest that a step stays unwritten while the database answers."""
@@ -42,7 +42,7 @@ class Event:
     data: dict[str, Any] = field(default_factory=dict)
 
 
-Entry = Metric | Evaluation | Checkpoint | Event
+Entry = Metric | Evaluation | Checkpoint | Probed | GradientCheck | Event
 
 
 def is_outage(error: SQLAlchemyError) -> bool:
@@ -186,6 +186,11 @@ class Ledger:
                 )
             case Evaluation():
                 runs.record_evaluation(session, job_id, attempt, entry.step, entry.loss)
+            case Probed(peak_bytes):
+                runs.record_probe(session, job_id, attempt, peak_bytes)
+            case GradientCheck():
+                check = asdict(entry)
+                runs.record_gradient_check(session, job_id, attempt, check.pop("peak_bytes"), check)
             case Event():
                 runs.add_event(session, job_id, attempt, entry.type, entry.data)
             case Metric():

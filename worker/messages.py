@@ -25,6 +25,23 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class Probed:
+    """The peak of the planned step's first micro-batch, before anything was trained."""
+
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GradientCheck:
+    """The plan's gradient beside that of another chunk length."""
+
+    chunk_length: int
+    compared_with: int
+    relative_error: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Metric:
     """One optimiser step; a number that was not finite is None."""
 
@@ -77,7 +94,7 @@ class Failure:
     peak_bytes: int | None
 
 
-Message = Started | Metric | Evaluation | Checkpoint | Done | Failure
+Message = Started | Probed | Metric | Evaluation | Checkpoint | GradientCheck | Done | Failure
 
 
 def parse(line: bytes) -> Message:
@@ -151,6 +168,13 @@ def _failure(fields: dict[str, Any]) -> Failure:
 
 _PARSERS: dict[str, Callable[[dict[str, Any]], Message]] = {
     "started": lambda fields: Started(_integer(fields["step"])),
+    "probed": lambda fields: Probed(_integer(fields["peak_bytes"])),
+    "gradient_check": lambda fields: GradientCheck(
+        chunk_length=_integer(fields["chunk_length"]),
+        compared_with=_integer(fields["compared_with"]),
+        relative_error=_number(fields["relative_error"]),
+        peak_bytes=_integer(fields["peak_bytes"]),
+    ),
     "metric": _metric,
     "evaluation": lambda fields: Evaluation(_integer(fields["step"]), _number(fields["loss"])),
     "checkpoint": _checkpoint,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,8 @@ from worker.messages import Done, Failure
 
 FINAL_CODES = frozenset({"diverged", "dataset_invalid", "model_invalid"})
 """Errors that another attempt would only repeat."""
+logger = logging.getLogger(__name__)
+
 MEMORY_CODE = "memory_cap_exceeded"
 MEMORY_EXIT = 4
 MAX_MEMORY_REPLANS = 3
@@ -53,6 +56,7 @@ def conclude(session: Session, job: ClaimedJob, desired: Desired, ending: Ending
     """End the run or give the job back, as `ending` and the user's wish have it. Raises FencedError."""
     completed = ending.done is not None and ending.done.reason != "stopped" and ending.failure is None
     if completed and ending.final_checkpoint:
+        _learn(session, job)
         return runs.finish(session, job.id, job.attempt, JobStatus.SUCCEEDED)
     if _was_stopped(ending):
         return _rest(session, job, desired, ending)
@@ -64,6 +68,15 @@ def conclude(session: Session, job: ClaimedJob, desired: Desired, ending: Ending
     if error["code"] in FINAL_CODES:
         return runs.finish(session, job.id, job.attempt, JobStatus.FAILED, error=error)
     return runs.release(session, job.id, job.attempt, error["code"], progressed=ending.progressed, error=error)
+
+
+def _learn(session: Session, job: ClaimedJob) -> None:
+    held = runs.hold(session, job.id, job.attempt)
+    try:
+        with session.begin_nested():
+            calibrations.learn(session, held)
+    except Exception:  # the job is done, whatever its times may teach
+        logger.exception("%s: nothing learned from its times", job.id)
 
 
 def error_of(ending: Ending) -> dict[str, Any]:
@@ -116,14 +129,8 @@ def _smaller_plan(session: Session, job: ClaimedJob) -> Plan | None:
     max_positions = int(job.plan["chunk_length"]) * int(job.plan["micro_batch_size"]) // 2
     if max_positions < 1:
         return None
-    train = TrainConfig.from_json(job.train)
-    stored = calibrations.current(session)
-    workload = Workload(
-        model=ModelConfig.from_json(job.model_config),
-        sequence_length=train.sequence_length,
-        batch_size=train.batch_size,
-        steps=train.steps,
-    )
+    stored = calibrations.for_job(session, job.model_config, job.train)
+    workload = Workload(ModelConfig.from_json(job.model_config), TrainConfig.from_json(job.train))
     try:
         calibration = default_calibration() if stored is None else Calibration.from_json(stored)
         return plan_job(workload, job.memory_cap_bytes, calibration, max_positions=max_positions)

@@ -88,7 +88,7 @@ def main() -> int:
         meter.enforce_cap(spec["memory_cap_bytes"])
         run = _load(spec, device, meter, stop)
         reporter.send("started", step=run.step)
-        return _train(run, reporter, meter, spec["memory_cap_bytes"])
+        return _train(run, reporter, meter, spec)
     except Exception as error:  # noqa: BLE001  # whatever it is, the supervisor must hear of it
         traceback.print_exc()
         step = run.step if run is not None else None
@@ -130,16 +130,39 @@ def _load(spec: dict[str, Any], device: torch.device, meter: MemoryMeter, stop: 
     return run
 
 
-def _train(run: TrainingRun, reporter: Reporter, meter: MemoryMeter, cap_bytes: int) -> int:
-    reason = ""
-    for report in run.reports():
+def _train(run: TrainingRun, reporter: Reporter, meter: MemoryMeter, spec: dict[str, Any]) -> int:
+    cap_bytes: int = spec["memory_cap_bytes"]
+
+    def check_cap() -> None:
         # The limit counts reserved memory; what a library had reserved before may be touched later.
         if (peak := meter.peak_bytes()) > cap_bytes + READING_EXCESS_BYTES:
             raise MemoryCapExceededError(f"{peak} bytes held, {cap_bytes} allowed")
+
+    peak = run.probe()
+    check_cap()
+    reporter.send("probed", peak_bytes=peak)
+    reason = ""
+    for report in run.reports():
+        check_cap()
         reporter.send(_MESSAGE_TYPES[type(report)], **dataclasses.asdict(report))
         if isinstance(report, Done):
             reason = report.reason
+    if reason != "stopped":
+        _check_gradient(run, reporter, meter, Plan.from_json(spec["plan"]))
     return EXIT_STOPPED if reason == "stopped" else EXIT_DONE
+
+
+def _check_gradient(run: TrainingRun, reporter: Reporter, meter: MemoryMeter, plan: Plan) -> None:
+    """For the certificate. The job is done and has said so: nothing that goes wrong here may fail it."""
+    if plan.check_chunk_length is None:
+        return
+    try:
+        check = run.check_gradient(plan.check_chunk_length)
+        peak = meter.peak_bytes()
+    except Exception:  # noqa: BLE001  # refused memory, a stop: the certificate then says that there was no check
+        traceback.print_exc()
+    else:
+        reporter.send("gradient_check", **dataclasses.asdict(check), peak_bytes=peak)
 
 
 def _explain(error: Exception) -> dict[str, str]:

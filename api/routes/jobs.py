@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, BackgroundTasks, Body, Query, Request, Response
@@ -13,8 +14,9 @@ from api import workload
 from api.dependencies import ContextDep, Limit, SessionDep
 from api.problems import documented
 from api.responses import EventResponse, JobResponse, MetricResponse, Page
-from api.schemas import INT64_END, JOB_EXAMPLES, JobRequest
+from api.schemas import INT64_END, JOB_EXAMPLES, JobRequest, ResumeRequest
 from service import events, jobs, metrics, queue
+from service import models as rows
 from service.status import Action
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
@@ -83,17 +85,36 @@ def pause(job_id: str, session: SessionDep) -> JobResponse:
     return _request(session, job_id, "pause")
 
 
-@router.post("/{job_id}/resume", summary="Resume a paused job", responses=documented(404, 409))
-def resume(job_id: str, session: SessionDep, context: ContextDep, background: BackgroundTasks) -> JobResponse:
-    """Queue a paused job again, or take back a pause that has not happened yet."""
-    job = _request(session, job_id, "resume")
+@router.post("/{job_id}/resume", summary="Resume a paused job", responses=documented(400, 404, 409, 422))
+def resume(
+    job_id: str,
+    session: SessionDep,
+    context: ContextDep,
+    background: BackgroundTasks,
+    request: ResumeRequest | None = None,
+) -> JobResponse:
+    """Queue a paused job again, or take back a pause that has not happened yet.
+
+    With a `memory_cap` a paused job is planned anew under it and goes on from its checkpoint: the chunks change,
+    the loss curve does not.
+    """
+    job = _request(session, job_id, "resume", _new_cap(session, request))
     if job.status == "queued":
         background.add_task(queue.wake, job_id, context.producer)
     return job
 
 
-def _request(session: Session, job_id: str, action: Action) -> JobResponse:
-    return JobResponse.of_row(jobs.request(session, job_id, action))
+def _new_cap(session: Session, request: ResumeRequest | None) -> Callable[[rows.Job], jobs.NewCap] | None:
+    if request is None or request.memory_cap is None:
+        return None
+    memory_cap = request.memory_cap
+    return lambda job: jobs.NewCap(memory_cap, workload.replan(session, job, memory_cap).to_json())
+
+
+def _request(
+    session: Session, job_id: str, action: Action, new_cap: Callable[[rows.Job], jobs.NewCap] | None = None
+) -> JobResponse:
+    return JobResponse.of_row(jobs.request(session, job_id, action, new_cap))
 
 
 @router.get(

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from slim_core.planning.memory_model import Schedule, predict_peak
+from slim_core.config import LoraConfig
+from slim_core.planning.memory_model import Schedule, check_adapters, predict_peak
 from slim_core.planning.plan import (
     Calibration,
     Chunking,
@@ -23,6 +24,8 @@ SHORTEST_CHUNK = 16
 """The planner's shortest. Shorter ones cost time and save nothing: by then the states outweigh the activations."""
 LONGEST_SEQUENCE = 1 << 31
 """Where the search for the longest sequence ends."""
+_LONGEST_SEARCHED = 14
+"""Powers of two among the chunk lengths whose memory is compared for it; the least one is short."""
 _SIMILAR = 1.02
 """Plans within 2 % of the fastest count as equally fast: of those the one that needs least memory wins."""
 
@@ -50,6 +53,8 @@ def default_calibration() -> Calibration:
         threads=1,
         runtime_bytes=320 * _MIB,
         flops_per_second=2e10,
+        bfloat16_flops_per_second=5e9,
+        bytes_per_second=5e9,
         overhead_seconds=2e-3,
     )
 
@@ -70,10 +75,13 @@ def plan_job(
 
     Raises:
         MemoryCapInfeasibleError: nothing fits; carries the smallest cap and the longest sequence that would.
-        ValueError: `chunking` is not possible for this sequence.
+        ValueError: `chunking` is not possible for this sequence, or adapters for this model.
     """
-    if chunking is not None and not 1 <= chunking.chunk_length <= workload.sequence_length:
-        raise ValueError(f"chunk_length: must be between 1 and sequence_length ({workload.sequence_length})")
+    train = workload.train
+    if chunking is not None and not 1 <= chunking.chunk_length <= train.sequence_length:
+        raise ValueError(f"chunk_length: must be between 1 and sequence_length ({train.sequence_length})")
+    if train.lora is not None:
+        check_adapters(workload.model, train.lora)
     candidates = [
         _candidate(workload, schedule, calibration) for schedule in schedules(workload, chunking, max_positions)
     ]
@@ -85,40 +93,44 @@ def plan_job(
     chosen = min(
         (c for c in fitting if c.step_seconds <= fastest * _SIMILAR), key=lambda c: (c.peak_bytes, c.step_seconds)
     )
-    unchunked = _candidate(workload, Schedule(workload.sequence_length, "keep", workload.batch_size), calibration)
+    unchunked = _candidate(workload, Schedule(train.sequence_length, "keep", train.batch_size), calibration)
     schedule = chosen.schedule
     return Plan(
         chunk_length=schedule.chunk_length,
-        num_chunks=math.ceil(workload.sequence_length / schedule.chunk_length),
+        num_chunks=math.ceil(train.sequence_length / schedule.chunk_length),
         state_policy=schedule.state_policy,
         micro_batch_size=schedule.micro_batch_size,
-        accumulation_steps=math.ceil(workload.batch_size / schedule.micro_batch_size),
+        accumulation_steps=math.ceil(train.batch_size / schedule.micro_batch_size),
         predicted_peak_bytes=chosen.peak_bytes,
         breakdown=chosen.breakdown,
         predicted_step_seconds=chosen.step_seconds,
-        predicted_total_seconds=chosen.step_seconds * workload.steps,
+        predicted_total_seconds=chosen.step_seconds * train.steps,
         unchunked_peak_bytes=unchunked.peak_bytes,
         minimum_cap_bytes=smallest.peak_bytes,
+        max_sequence_length=_longest_sequence(workload, memory_cap_bytes, calibration, chunking),
+        check_chunk_length=_check_chunk_length(workload, memory_cap_bytes, calibration, schedule),
         reason=_reason(chosen, unchunked, fitting, candidates, memory_cap_bytes, chunking),
         calibration_source=calibration.source,
+        time_factor=calibration.time_factor,
         frontier=tuple(_frontier(candidates)),
     )
 
 
 def schedules(workload: Workload, chunking: Chunking | None, max_positions: int | None) -> Iterator[Schedule]:
-    """What the planner considers: chunk lengths 2^i and 3 * 2^i and the whole sequence, halved batches, both
-    policies."""
-    longest = min(workload.sequence_length, max_positions or workload.sequence_length)
+    """What the planner considers: chunk lengths 2^i and 3 * 2^i and the whole sequence, halved batches, the policies
+    `keep` and `reverse`. `stride` would never win: `reverse` needs less memory and `keep` less time."""
+    sequence_length, whole_batch = workload.train.sequence_length, workload.train.batch_size
+    longest = min(sequence_length, max_positions or sequence_length)
     if chunking is None:
         lengths = {longest}
         for exponent in range(longest.bit_length()):
             lengths |= {n for n in (1 << exponent, 3 << exponent) if SHORTEST_CHUNK <= n <= longest}
     else:
         lengths = {min(longest, chunking.chunk_length)}
-    batch_sizes = {max(1, workload.batch_size >> shift) for shift in range(workload.batch_size.bit_length())}
+    batch_sizes = {max(1, whole_batch >> shift) for shift in range(whole_batch.bit_length())}
     for chunk_length in sorted(lengths):
         policies: tuple[StatePolicy, ...] = ("keep", "reverse")
-        if chunk_length == workload.sequence_length:
+        if chunk_length == sequence_length:
             policies = ("keep",)  # one chunk: there is nothing to keep or to reverse
         elif chunking is not None:
             policies = (chunking.state_policy,)
@@ -127,6 +139,17 @@ def schedules(workload: Workload, chunking: Chunking | None, max_positions: int 
                 continue
             for policy in policies:
                 yield Schedule(chunk_length, policy, batch_size)
+
+
+def _check_chunk_length(workload: Workload, cap: int, calibration: Calibration, chosen: Schedule) -> int | None:
+    """The whole sequence, if one alone fits and the plan has chunks; else chunks half or twice as long."""
+    whole, own = workload.train.sequence_length, chosen.chunk_length
+    for length in (whole, own // 2, min(2 * own, whole)):
+        if length not in (0, own):
+            schedule = Schedule(length, chosen.state_policy, micro_batch_size=1)
+            if predict_peak(workload, schedule, calibration).total <= cap:
+                return length
+    return None
 
 
 def _candidate(workload: Workload, schedule: Schedule, calibration: Calibration) -> Candidate:
@@ -179,27 +202,26 @@ def _infeasible(
     workload: Workload, cap: int, calibration: Calibration, chunking: Chunking | None, smallest: Candidate
 ) -> MemoryCapInfeasibleError:
     longest = _longest_sequence(workload, cap, calibration, chunking)
-    fixed = smallest.breakdown
     suggestions = [f"raise memory_cap to {smallest.peak_bytes} bytes ({_size(smallest.peak_bytes)}) or more"]
     if longest:
         shorter_chunks = chunking is not None and chunking.chunk_length > longest
         suggestions.append(
             f"shorten sequence_length to {longest} or less" + (", and chunk_length with it" if shorter_chunks else "")
         )
-    if chunking is not None:
-        automatic = min(
-            _candidate(workload, schedule, calibration).peak_bytes for schedule in schedules(workload, None, None)
-        )
-        if automatic <= cap:
-            suggestions.append('set chunking to "auto": the planner has schedules that fit')
+    if chunking is not None and (least := _least_peak(workload, calibration)) <= cap:
+        suggestions.append(f'set chunking to "auto": the planner has schedules that fit, from {_size(least)} on')
+    for change, changed in _changes(workload):
+        if (least := _least_peak(changed, calibration, chunking)) <= cap:
+            suggestions.append(f"{change}: the smallest schedule then needs {_size(least)}")
+    fixed = smallest.breakdown
     model_bytes = fixed.parameters + fixed.gradients + fixed.optimizer
-    if fixed.runtime + model_bytes > cap and fixed.runtime < cap:
+    if fixed.runtime >= cap:
+        suggestions.append(f"no model fits: the runtime alone holds {_size(fixed.runtime)}")
+    elif fixed.runtime + model_bytes > cap:
         suggestions.append(
             f"use a smaller model: weights, gradients and optimiser of this one need {_size(model_bytes)} beside "
             f"{_size(fixed.runtime)} of the runtime, whatever the sequence length"
         )
-    if fixed.runtime >= cap:
-        suggestions.append(f"no model fits: the runtime alone holds {_size(fixed.runtime)}")
     return MemoryCapInfeasibleError(
         f"No schedule fits {_size(cap)}: the smallest needs {_size(smallest.peak_bytes)}.",
         memory_cap_bytes=cap,
@@ -209,14 +231,43 @@ def _infeasible(
     )
 
 
+def _changes(workload: Workload) -> Iterator[tuple[str, Workload]]:
+    """Other ways to train the same model on the same data, in words and as workloads, from the least intrusive on."""
+    train = workload.train
+    if train.optimizer.name == "adamw":
+        optimizer = replace(train.optimizer, name="adafactor")
+        yield 'set optimizer.name to "adafactor"', replace(workload, train=replace(train, optimizer=optimizer))
+    if train.precision == "float32":
+        yield 'set precision to "bfloat16"', replace(workload, train=replace(train, precision="bfloat16"))
+    if train.lora is None:
+        yield 'set method to {"type": "lora"}', replace(workload, train=replace(train, lora=LoraConfig()))
+
+
+def _least_peak(workload: Workload, calibration: Calibration, chunking: Chunking | None = None) -> int:
+    return min(predict_peak(workload, schedule, calibration).total for schedule in schedules(workload, chunking, None))
+
+
 def _longest_sequence(workload: Workload, cap: int, calibration: Calibration, chunking: Chunking | None) -> int:
-    """The longest sequence with a plan under the cap, other things equal; 0 if there is none."""
+    """The longest sequence with a plan under the cap, other things equal; 0 if there is none.
+
+    Under `reverse` the chunk length of least memory is the same for all sequences that have more than one chunk of it.
+    """
+    if chunking is None:
+        policy: StatePolicy = "reverse"
+        lengths = {1 << exponent for exponent in range(_LONGEST_SEARCHED)} | {3 << e for e in range(_LONGEST_SEARCHED)}
+        endless = _with_length(workload, LONGEST_SEQUENCE)
+        own = min(
+            (length for length in lengths if length >= SHORTEST_CHUNK),
+            key=lambda length: predict_peak(endless, Schedule(length, policy, 1), calibration).total,
+        )
+    else:
+        policy, own = chunking.state_policy, chunking.chunk_length
 
     def fits(length: int) -> bool:
-        shorter = replace(workload, sequence_length=length)
-        own = None if chunking is None else replace(chunking, chunk_length=min(chunking.chunk_length, length))
+        whole = {length} if chunking is None and length <= 2 * own else set()
         return any(
-            predict_peak(shorter, schedule, calibration).total <= cap for schedule in schedules(shorter, own, None)
+            predict_peak(_with_length(workload, length), Schedule(chunk_length, policy, 1), calibration).total <= cap
+            for chunk_length in {min(own, length), *whole}
         )
 
     low, high = 0, LONGEST_SEQUENCE
@@ -224,6 +275,10 @@ def _longest_sequence(workload: Workload, cap: int, calibration: Calibration, ch
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
+
+
+def _with_length(workload: Workload, length: int) -> Workload:
+    return replace(workload, train=replace(workload.train, sequence_length=length))
 
 
 def _size(number_of_bytes: int) -> str:

@@ -1,6 +1,6 @@
 """How much memory a plan needs: one named term per place that holds it, derived from what the code saves for backward.
 
-Whoever changes a layer in `slim_core.layers` or `slim_core.model` changes its term here. Terms count numbers per
+Whoever changes a layer in `slim_core.layers` or `slim_core.model` changes its term here. Terms count bytes per
 position of a chunk (micro-batch b, chunk length C: b * C positions). What the process holds beyond its live tensors
 is the heap's waste, for the allocator settings that the trainer is started with (`worker.environment`, docs/decisions).
 
@@ -12,11 +12,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from slim_core.config import ModelConfig
+from slim_core.config import LoraConfig, ModelConfig, TrainConfig
 from slim_core.planning.plan import Calibration, MemoryBreakdown, StatePolicy, Workload
 
+HALF = 2
 FLOAT = 4
 DOUBLE = 8
+INT64 = 8
 BLOCK = 64
 """Of `slim_core.layers.performer`."""
 
@@ -45,32 +47,39 @@ class Schedule:
 
 
 def predict_peak(workload: Workload, schedule: Schedule, calibration: Calibration) -> MemoryBreakdown:
-    """Bytes of the trainer process at its peak: during backward of the widest chunk, in its last layer or its head."""
-    model = workload.model
+    """Bytes of the trainer process at its peak: during backward of the widest chunk, in its last layer or its head, or
+    during the update of its largest matrix."""
+    model, train = workload.model, workload.train
     if model.attention != "performer":
         raise ValueError(f"attention: there is no memory model of {model.attention} attention yet")
-    chunk_length = min(schedule.chunk_length, workload.sequence_length)
-    num_chunks = math.ceil(workload.sequence_length / chunk_length)
+    chunk_length = min(schedule.chunk_length, train.sequence_length)
+    num_chunks = math.ceil(train.sequence_length / chunk_length)
     batch = schedule.micro_batch_size
     positions = batch * chunk_length
 
-    saved = _tensors(saved_sites(model), positions)
+    saved = _tensors(saved_sites(model, train), positions)
     # Logits and log-probabilities of a block of rows; the gradient takes their place.
     logits = [(2, FLOAT * model.vocab_size * min(positions, head_block_rows(model.vocab_size)))]
-    backward = max((_tensors(sites, positions) for sites in backward_sites(model)), key=_bytes)
+    backward = max((_tensors(sites, positions) for sites in backward_sites(model, train)), key=_bytes)
     activations, at_head, in_layer = _bytes(saved), _bytes(logits), _bytes(backward)
     waste = _heap_waste([*saved, *logits, *backward])  # the heap keeps the holes of both
 
-    weights = FLOAT * model.num_parameters
-    parameters = weights + FLOAT * _projection_size(model)
+    frozen, trained = num_frozen(model, train), num_trained(model, train)
+    parameters = FLOAT * (frozen + trained + _projection_size(model))
+    gradients = FLOAT * trained
+    optimizer = optimizer_bytes(model, train)
     states = state_bytes(model, schedule.state_policy, num_chunks, batch)
-    workspace = max(0, in_layer - at_head) + _token_bytes(workload, batch)
-    live = parameters + 3 * weights + states + activations + at_head + workspace
+    in_backward = activations + at_head + max(0, in_layer - at_head) + _cast_bytes(model, train)
+    # The heap keeps what lay in it; larger tensors are gone when the weights are updated.
+    in_update = _heap_bytes([*saved, *logits, *backward]) + _update_bytes(model, train)
+    workspace = max(in_backward, in_update) - activations - at_head
+    workspace += _token_bytes(train.sequence_length, batch)
+    live = parameters + gradients + optimizer + states + activations + at_head + workspace
     return MemoryBreakdown(
         runtime=calibration.runtime_bytes,
         parameters=parameters,
-        gradients=weights,
-        optimizer=2 * weights,
+        gradients=gradients,
+        optimizer=optimizer,
         states=states,
         activations=activations,
         logits=at_head,
@@ -84,73 +93,182 @@ def head_block_rows(vocab_size: int) -> int:
     return max(_HEAD_BLOCK_ROWS, _HEAD_BLOCK_BYTES // (FLOAT * vocab_size))
 
 
+def num_trained(model: ModelConfig, train: TrainConfig) -> int:
+    """Numbers that have a gradient: all of the model's, or its adapters'."""
+    if train.lora is None:
+        return model.num_parameters
+    shapes = layer_matrices(model)
+    return model.num_layers * train.lora.rank * sum(sum(shapes[name]) for name in train.lora.targets)
+
+
+def num_frozen(model: ModelConfig, train: TrainConfig) -> int:
+    """Numbers that have none: the whole model beside its adapters."""
+    return 0 if train.lora is None else model.num_parameters
+
+
+def layer_matrices(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """The linear layers of a block by name, (outputs, inputs)."""
+    d, f = model.model_width, model.mlp_width
+    shapes = {"query": (d, d), "key_value": (2 * d, d), "mlp_in": (model.mlp_in_width, d), "mlp_out": (d, f)}
+    return shapes | ({"output": (d, d)} if model.output_projection else {})
+
+
+def check_adapters(model: ModelConfig, lora: LoraConfig) -> None:
+    """Raises ValueError where a target is no linear layer of this model."""
+    known = layer_matrices(model)
+    for target in lora.targets:
+        if target not in known:
+            raise ValueError(f"targets: no linear layer {target!r} in this model; it has {', '.join(known)}")
+
+
+def _trained_matrices(model: ModelConfig, train: TrainConfig) -> list[tuple[int, int]]:
+    """Shapes of every matrix that is updated."""
+    blocks = layer_matrices(model)
+    if train.lora is not None:
+        rank = train.lora.rank
+        pairs = [blocks[name] for name in train.lora.targets]
+        return [shape for rows, columns in pairs for shape in ((rank, columns), (rows, rank))] * model.num_layers
+    ends = [(model.vocab_size, model.embedding_width)]
+    if not model.tied_embeddings:
+        ends.append((model.vocab_size, model.model_width))
+    if model.max_positions is not None:
+        ends.append((model.max_positions, model.model_width))
+    return [*blocks.values()] * model.num_layers + ends
+
+
+def optimizer_bytes(model: ModelConfig, train: TrainConfig) -> int:
+    """State of the optimiser: two moments, one, or sums over rows and columns (`slim_core.optim`)."""
+    trained = num_trained(model, train)
+    match train.optimizer.name:
+        case "adamw":
+            return 2 * FLOAT * trained
+        case "sgd":
+            return FLOAT * trained if train.optimizer.momentum else 0
+        case "adafactor":
+            matrices = _trained_matrices(model, train)
+            vectors = trained - sum(rows * columns for rows, columns in matrices)
+            return FLOAT * (vectors + sum(rows + columns for rows, columns in matrices))
+
+
+def _update_bytes(model: ModelConfig, train: TrainConfig) -> int:
+    """What the optimiser's step holds for a moment: Adafactor the update of one matrix, the others nothing."""
+    if train.optimizer.name != "adafactor":
+        return 0
+    return FLOAT * max(rows * columns for rows, columns in _trained_matrices(model, train))
+
+
+def _cast_bytes(model: ModelConfig, train: TrainConfig) -> int:
+    """In bfloat16: a copy of the weights, and a gradient as a product and once more in float32 to be added. The head
+    keeps its copy meanwhile."""
+    if train.precision == "float32":
+        return 0
+    head = model.vocab_size * model.model_width
+    largest = max(head, *(rows * columns for rows, columns in layer_matrices(model).values()))
+    added = max(rows * columns for rows, columns in _trained_matrices(model, train))
+    at_head = (2 * HALF + FLOAT) * head if train.lora is None else 0
+    return max(HALF * largest, (HALF + FLOAT) * added, at_head)
+
+
 Site = tuple[int, int]
-"""Tensors of one width: how many, and numbers per position of each."""
+"""Tensors of one width: how many, and bytes per position of each."""
 
 
-def saved_sites(model: ModelConfig) -> list[Site]:
-    """What the graph of one chunk holds between forward and backward."""
+def saved_sites(model: ModelConfig, train: TrainConfig) -> list[Site]:
+    """What the graph of one chunk holds between forward and backward. The input of a matrix product is saved for the
+    gradient of its weights, where they are trained."""
+    number = _number_bytes(train)
     d, h = model.model_width, model.num_heads
     features = h * model.features_per_head
     layer = [
-        (4, d),  # inputs of attention and of the MLP, inputs of their norms
-        (4, 1),  # mean and scale of two norms
-        (2, features),  # g(q), g(k)
-        (2, d),  # v, attention's output
-        (1, h),  # its normaliser
-        *_saved_by_mlp(model),
-        *_saved_by_feature_map(model),
+        (2 + _is_trained(train, "query", "key_value") + _is_trained(train, "mlp_in"), d * number),
+        # ^ inputs of two norms, of attention and of the MLP
+        (4, FLOAT),  # mean and scale of two norms
+        (2, features * number),  # g(q), g(k)
+        (2, d * number),  # v, attention's output
+        (1, h * FLOAT),  # its normaliser
+        *_saved_by_mlp(model, train),
+        *_saved_by_feature_map(model, number),
     ]
-    if model.output_projection:
-        layer.append((1, d))  # attention's output rearranged, input of the projection
+    if model.output_projection and _is_trained(train, "output"):
+        layer.append((1, d * number))  # attention's output rearranged, input of the projection
+    if train.lora is not None:
+        layer.append((len(train.lora.targets), train.lora.rank * number))
     # Input of the head and its gradient, which is made with the loss; input of the final norm.
-    head = [(3, d), (2, 1)] if model.norm == "pre" else [(2, d)]
+    ends = [(3, d * number), (2, FLOAT)] if model.norm == "pre" else [(2, d * number)]
+    if train.dropout:
+        layer.append((2, d))  # masks of one byte
+        if train.lora is None:
+            ends.append((1, d))
     if model.positions == "rotary":
-        head.append((1, model.head_width))  # cosines and sines, for all layers
-    token_ids = [(4, 1)]  # tokens and targets, 64 bits each
-    return [(count * model.num_layers, width) for count, width in layer] + head + token_ids
+        ends.append((1, model.head_width * number))  # cosines and sines, for all layers
+    if train.lora is not None and model.norm == "pre":
+        ends += [(-1, d * number), (-2, FLOAT)]  # nothing below the first layer's norm is trained
+    ends.append((2, INT64))  # tokens and targets
+    return [(count * model.num_layers, width) for count, width in layer] + ends
 
 
-def _saved_by_mlp(model: ModelConfig) -> list[Site]:
+def _number_bytes(train: TrainConfig) -> int:
+    """Of an activation."""
+    return FLOAT if train.precision == "float32" else HALF
+
+
+def _is_trained(train: TrainConfig, *layers: str) -> bool:
+    """Whether any of these linear layers needs its input for a gradient."""
+    return train.lora is None or any(name in train.lora.targets for name in layers)
+
+
+def _saved_by_mlp(model: ModelConfig, train: TrainConfig) -> list[Site]:
     """Before and after the activation function; SwiGLU also saves the gate's, before its product with the other."""
-    f = model.mlp_width
-    return [(2, f)] if model.activation == "gelu" else [(1, 2 * f), (2, f)]
+    f = model.mlp_width * _number_bytes(train)
+    product = 1 if _is_trained(train, "mlp_out") else 0
+    return [(1 + product, f)] if model.activation == "gelu" else [(1, 2 * f), (1 + product, f)]
 
 
-def _saved_by_feature_map(model: ModelConfig) -> list[Site]:
+def _saved_by_feature_map(model: ModelConfig, number: int) -> list[Site]:
     """For queries and for keys."""
     match model.feature_map:
         case "squared" | "relu" | "elu1":
-            return [(2, model.model_width)]  # its input, or relu's result
-        case _:  # one that was registered is taken to save as much
-            return [(2, model.model_width), (2, model.num_heads * (model.features_per_head + 1))]  # scaled input, exp
+            return [(2, model.model_width * number)]  # its input, or relu's result
+        case _:  # scaled input and exponential, in float32; one that was registered is taken to save as much
+            return [(2, model.model_width * FLOAT), (2, model.num_heads * (model.features_per_head + 1) * FLOAT)]
 
 
-def backward_sites(model: ModelConfig) -> tuple[list[Site], list[Site]]:
+def backward_sites(model: ModelConfig, train: TrainConfig) -> tuple[list[Site], list[Site]]:
     """What backward holds beside the saved tensors in the last layer, at the MLP and at attention."""
+    number = _number_bytes(train)
     d, h, f, m = model.model_width, model.num_heads, model.mlp_width, model.features_per_head
     swiglu = model.activation == "swiglu"
     # Gradients: residual stream; MLP's inner layers, when one saved copy is gone.
-    mlp = [(2, d), (3 if swiglu else 1, f)]
+    mlp = [(2, d * number), (3 if swiglu else 1 if train.lora is None else 2, f * number)]
     block_states = h * m * model.head_width // BLOCK
+    freed = (3 if swiglu else 1) + _is_trained(train, "mlp_out")
     attention = [
-        (4, d),  # gradients of the residual stream, of attention's output, of the numerator and of v
-        (1, h),  # of the normaliser
-        (4, h * m),  # of g(q) and g(k), and two products on their way through the feature map
-        (3, max(h * BLOCK, block_states)),  # scores of the blocks; states of the blocks and their gradients
-        (-4 if swiglu else -2, f),  # the MLP's saved tensors are gone when attention's turn comes
-        (-1, d),
+        (2, d * number),  # gradients of the residual stream and of attention's output
+        (2, d * FLOAT),  # of the numerator and of v
+        (1, h * FLOAT),  # of the normaliser
+        (2, h * m * FLOAT),  # of g(q) and g(k)
+        (2, h * m * number),  # two products on their way through the feature map
+        (3, max(h * BLOCK, block_states) * FLOAT),  # scores of the blocks; states of the blocks and their gradients
+        (-freed, f * number),  # the MLP's saved tensors are gone when attention's turn comes
+        (-1, d * number),
     ]
+    if number != FLOAT:
+        attention += [(2, h * m * FLOAT), (1, d * FLOAT)]  # g(q), g(k) and v once more, in float32
     return mlp, attention
 
 
 def _tensors(sites: list[Site], positions: int) -> list[tuple[int, int]]:
     """How many tensors, and bytes of each."""
-    return [(count, FLOAT * positions * width) for count, width in sites]
+    return [(count, positions * width) for count, width in sites]
 
 
 def _bytes(tensors: list[tuple[int, int]]) -> int:
     return sum(count * size for count, size in tensors)
+
+
+def _heap_bytes(tensors: list[tuple[int, int]]) -> int:
+    """Of those below the mapping threshold."""
+    return max(0, _bytes([(count, size) for count, size in tensors if size < _MAPPING_THRESHOLD]))
 
 
 def _heap_waste(tensors: list[tuple[int, int]]) -> float:
@@ -160,7 +278,7 @@ def _heap_waste(tensors: list[tuple[int, int]]) -> float:
     tensor that it would map otherwise, and at another time maps it beside the hole: of two such tensors at most.
     """
     mapped = [size for _, size in tensors if size >= _MAPPING_THRESHOLD]
-    heap_bytes = max(0, _bytes([(count, size) for count, size in tensors if size < _MAPPING_THRESHOLD]))
+    heap_bytes = _heap_bytes(tensors)
     return _HEAP_WASTE * heap_bytes + min(heap_bytes, 2 * max(mapped, default=0))
 
 
@@ -186,9 +304,9 @@ def default_stride(num_chunks: int) -> int:
     return max(1, math.isqrt(num_chunks))
 
 
-def _token_bytes(workload: Workload, batch: int) -> int:
+def _token_bytes(sequence_length: int, batch: int) -> int:
     """The micro-batch's token ids: the only thing that grows with the sequence."""
-    return batch * (workload.sequence_length + 1) * FLOAT
+    return batch * (sequence_length + 1) * FLOAT
 
 
 def _projection_size(model: ModelConfig) -> int:

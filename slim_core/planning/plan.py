@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from slim_core.config import ModelConfig, _Json
+from slim_core.config import ModelConfig, TrainConfig, _Json
 
 StatePolicy = Literal["keep", "reverse", "stride"]
 
@@ -23,21 +23,23 @@ class Calibration(_Json):
     runtime_bytes: int
     """Private memory of a trainer that has imported everything and run a warm-up step on a minimal model."""
     flops_per_second: float
-    """Sustained rate of large float32 matrix products."""
+    """Of large matrix products in float32, inside a training step."""
+    bfloat16_flops_per_second: float
+    """The same in bfloat16, which only some processors are faster at."""
+    bytes_per_second: float
+    """Read and written by what lies between the products."""
     overhead_seconds: float
-    """Time of one layer on one chunk that does not depend on the chunk's length, forward and backward."""
+    """Time of one layer on one chunk that does not depend on the chunk's length, in all passes."""
+    time_factor: float = 1.0
+    """By how much steps of this model took longer than the numbers above say, in jobs that have finished."""
 
 
 @dataclass(frozen=True, slots=True)
-class Workload(_Json):
-    """The part of a job that memory and time depend on."""
+class Workload:
+    """A job as the planner sees it: everything that memory and time may depend on, but the machine."""
 
     model: ModelConfig
-    sequence_length: int
-    """T."""
-    batch_size: int
-    """Sequences per optimiser step, before any split into micro-batches."""
-    steps: int
+    train: TrainConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +109,15 @@ class Plan(_Json):
     """Predicted peak of the ordinary step: the whole batch at once, C = T."""
     minimum_cap_bytes: int
     """The smallest cap for which this workload has a plan."""
+    max_sequence_length: int
+    """The longest sequence that this cap can train, other things equal."""
+    check_chunk_length: int | None
+    """Another chunk length that fits, if possible the whole sequence; a finished job's gradient is compared with it."""
     reason: str
     """In words, why this plan won."""
     calibration_source: str
+    time_factor: float
+    """Of the calibration (`Calibration.time_factor`), and so in the predicted times."""
     frontier: tuple[FrontierPoint, ...]
 
 

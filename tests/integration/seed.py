@@ -30,8 +30,11 @@ PLAN = {
     "predicted_total_seconds": 5.0,
     "unchunked_peak_bytes": 900_000_000,
     "minimum_cap_bytes": 300_000_000,
+    "max_sequence_length": 1_000_000,
+    "check_chunk_length": None,
     "reason": "it fits",
-    "calibration_source": "default",
+    "calibration_source": "measured",
+    "time_factor": 1.0,
     "frontier": [],
 }
 LEASE_SECONDS = 60.0

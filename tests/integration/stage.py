@@ -65,8 +65,11 @@ def a_plan(chunk_length: int) -> dict[str, Any]:
         predicted_total_seconds=1.0,
         unchunked_peak_bytes=200,
         minimum_cap_bytes=120,
+        max_sequence_length=0,
+        check_chunk_length=None,
         reason="by hand",
         calibration_source="none",
+        time_factor=1.0,
         frontier=(),
     )
     return {**plan.to_json(), "frontier": []}

@@ -18,7 +18,7 @@ from service import database, queue, runs
 from service.database import transaction
 from service.settings import Settings
 from service.storage import Storage
-from slim_core.config import TrainConfig
+from slim_core.config import LoraConfig, TrainConfig
 from tests.integration.seed import add_checkpoint, add_dataset, claim, metric
 
 TOKENS = 14 * 100 + 1
@@ -70,6 +70,38 @@ def test_a_job_is_planned_stored_and_announced(
         assert broker.llen(queue.QUEUE) == 1
     claimed = claim(bind, job["id"])
     assert TrainConfig.from_json(claimed.train).steps == 10
+
+
+def test_every_way_to_train_reaches_the_trainer(client: TestClient, body: dict[str, Any], bind: Engine) -> None:
+    plain = create(client, body)
+    options = {
+        "optimizer": {"name": "sgd", "momentum": 0.5},
+        "method": {"type": "lora", "rank": 4, "targets": ["mlp_in", "query"]},
+        "precision": "bfloat16",
+        "dropout": 0.1,
+        "label_smoothing": 0.2,
+    }
+    job = create(client, {**body, **options})
+    assert job["method"] == {**options["method"], "alpha": 16.0}  # type: ignore[dict-item]
+    assert job["plan"]["breakdown"]["gradients"] < plain["plan"]["breakdown"]["gradients"] / 10
+    assert (plain["method"], plain["precision"], plain["dropout"]) == ({"type": "full"}, "float32", 0.0)
+    train = TrainConfig.from_json(claim(bind, job["id"]).train)
+    assert train.lora == LoraConfig(4, 16.0, ("mlp_in", "query"))
+    assert (train.optimizer.name, train.optimizer.momentum) == ("sgd", 0.5)
+    assert (train.precision, train.dropout, train.label_smoothing) == ("bfloat16", 0.1, 0.2)
+
+
+def test_what_would_fit_is_said_with_numbers(client: TestClient, body: dict[str, Any]) -> None:
+    """Every change that is suggested is one that does fit."""
+    body |= {"model": "performer-enwik8", "memory_cap": "16GiB"}
+    least = client.post("/plans", json=body).json()["minimum_cap_bytes"]
+    problem = client.post("/plans", json={**body, "memory_cap": int(0.8 * least)}).json()
+    for words, change in (
+        ("adafactor", {"optimizer": {"name": "adafactor"}}),
+        ("lora", {"method": {"type": "lora"}}),
+    ):
+        assert any(words in suggestion for suggestion in problem["suggestions"])
+        assert client.post("/plans", json={**body, **change, "memory_cap": int(0.8 * least)}).status_code == 200
 
 
 def test_a_202_means_that_the_job_is_committed(
@@ -163,7 +195,20 @@ def test_a_dataset_needs_one_window(
         ({"memory_cap": 2**63}, "memory_cap"),
         ({"memory_cap": "99999999999TiB"}, "memory_cap"),
         ({"gradient_clip": 0}, "gradient_clip"),
-        ({"optimizer": {"name": "sgd"}}, "optimizer.name"),
+        ({"optimizer": {"name": "adam"}}, "optimizer"),
+        ({"optimizer": {"name": ["sgd"]}}, "optimizer"),
+        ({"optimizer": {"name": "sgd", "beta1": 0.9}}, "optimizer.beta1"),
+        ({"optimizer": {"name": "adafactor", "momentum": 0.9}}, "optimizer.momentum"),
+        ({"method": {"type": "prefix"}}, "method"),
+        ({"method": {"rank": 8}}, "method.rank"),
+        ({"method": {"type": "lora", "rank": 0}}, "method.rank"),
+        ({"method": {"type": "lora", "targets": []}}, "method.targets"),
+        ({"method": {"type": "lora", "targets": ["query", "query"]}}, "method.targets"),
+        ({"method": {"type": "lora", "targets": ["output"]}}, "method.targets"),  # performer-tiny has none
+        ({"method": {"type": "lora", "targets": ["head"]}}, "method.targets.0"),
+        ({"precision": "float16"}, "precision"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"label_smoothing": -0.1}, "label_smoothing"),
         ({"optimizer": {"learning_rate": -1}}, "optimizer.learning_rate"),
         ({"optimizer": {"momentum": 0.9}}, "optimizer.momentum"),
         ({"schedule": {"warmup_steps": -1}}, "schedule.warmup_steps"),
@@ -221,6 +266,42 @@ def test_a_cap_that_nothing_fits_under_says_what_would(client: TestClient, body:
     assert problem["suggestions"]
     assert client.get("/jobs").json()["data"] == []
     assert client.post("/jobs", json={**body, "memory_cap": problem["minimum_cap_bytes"]}).status_code == 202
+
+
+def test_a_paused_job_goes_on_under_another_cap(client: TestClient, body: dict[str, Any], bind: Engine) -> None:
+    body |= {"sequence_length": 1000, "memory_cap": "4GiB"}
+    job = create(client, body)
+    url = f"/jobs/{job['id']}"
+    least, most = job["plan"]["minimum_cap_bytes"], job["plan"]["predicted_peak_bytes"]
+    cap = (least + most) // 2
+    conflict = client.post(f"{url}/resume", json={"memory_cap": cap})
+    assert (conflict.status_code, conflict.json()["code"]) == (409, "job_state_conflict")
+
+    client.post(f"{url}/pause")
+    refused = client.post(f"{url}/resume", json={"memory_cap": least - 1})
+    assert (refused.status_code, refused.json()["minimum_cap_bytes"]) == (422, least)
+    assert client.post(f"{url}/resume", json={"memory_cap": "lots"}).status_code == 422
+    after = client.get(url).json()
+    assert (after["status"], after["memory_cap"], after["plan"]) == ("paused", 4 * 1024**3, job["plan"])
+
+    resumed = client.post(f"{url}/resume", json={"memory_cap": cap}).json()
+    assert (resumed["status"], resumed["memory_cap"]) == ("queued", cap)
+    assert resumed["plan"]["num_chunks"] > job["plan"]["num_chunks"]
+    assert resumed["predicted_peak_bytes"] == resumed["plan"]["predicted_peak_bytes"] <= cap
+    types = [event["type"] for event in client.get(f"{url}/events").json()["data"]]
+    assert types == ["queued", "planned", "paused", "resumed", "replanned"]
+    claimed = claim(bind, job["id"])
+    assert claimed.memory_cap_bytes == cap
+    assert resumed["plan"].items() <= claimed.plan.items()
+
+
+def test_a_job_that_goes_on_keeps_its_own_chunks(client: TestClient, body: dict[str, Any]) -> None:
+    job = create(client, {**body, "batch_size": 8, "chunking": {"chunk_length": 32, "state_policy": "reverse"}})
+    url = f"/jobs/{job['id']}"
+    client.post(f"{url}/pause")
+    plan = client.post(f"{url}/resume", json={"memory_cap": job["plan"]["minimum_cap_bytes"]}).json()["plan"]
+    assert (plan["chunk_length"], plan["micro_batch_size"]) == (32, 1)
+    assert job["plan"]["micro_batch_size"] > 1
 
 
 def test_a_plan_is_that_of_the_job_and_stores_nothing(client: TestClient, body: dict[str, Any]) -> None:

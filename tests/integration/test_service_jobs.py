@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import sqlalchemy.exc
@@ -17,7 +17,7 @@ from service.ids import new_id
 from service.models import Job
 from service.status import REQUESTS, TERMINAL, Action, Desired, JobStatus
 from service.storage import Storage
-from tests.integration.seed import add_dataset, add_job, claim
+from tests.integration.seed import add_dataset, add_job, claim, metric
 
 
 def force(bind: Engine, job_id: str, status: JobStatus, desired: Desired) -> None:
@@ -179,6 +179,56 @@ def test_calibrations_replace_each_other_and_are_counted(bind: Engine) -> None:
         assert calibrations.store(session, "cpu", "w1", {"rate": 4.0}) == 3
     with transaction(bind) as session:
         assert calibrations.current(session) == {"rate": 4.0}
+
+
+def finished_with(bind: Engine, dataset_id: str, seconds: list[float], **train: Any) -> Job:
+    """A job whose steps took this long, claimed and not yet finished; its plan says 0.5 s."""
+    job = add_job(bind, dataset_id)
+    run = claim(bind, job.id)
+    rows = [metric(step, step_seconds=value) for step, value in enumerate(seconds, 1)]
+    with transaction(bind) as session:
+        runs.record_metrics(session, job.id, run.attempt, rows)
+        held = runs.hold(session, job.id, run.attempt)
+        held.train = held.train | train
+        calibrations.learn(session, held)
+    return job
+
+
+def test_finished_jobs_teach_the_times_of_their_model(bind: Engine, job: Job) -> None:
+    """The median of a job's steps but the first over 0.5 s; the mean over jobs is that of logarithms."""
+
+    def factor(**train: Any) -> float | None:
+        with transaction(bind) as session:
+            data = calibrations.for_job(session, job.model_config, job.train | train)
+        assert data is not None
+        return data.get("time_factor")
+
+    finished_with(bind, job.dataset_id, [1.0] * 5)  # no calibration yet: nothing to correct
+    with transaction(bind) as session:
+        assert calibrations.for_job(session, job.model_config, job.train) is None
+        calibrations.store(session, "cpu", "w1", {"device": "cpu", "source": "measured"})
+    assert factor() is None
+    with transaction(bind) as session:  # not what the job was planned with
+        calibrations.store(session, "cpu", "w1", {"device": "cpu", "source": "another"})
+    finished_with(bind, job.dataset_id, [9.0, 1.0, 1.0, 4.0])
+    with transaction(bind) as session:
+        calibrations.store(session, "cpu", "w1", {"device": "cpu", "source": "measured"})
+    assert factor() is None
+    finished_with(bind, job.dataset_id, [9.0, 1.0, 1.0])  # too few
+    finished_with(bind, job.dataset_id, [9.0, 500.0, 500.0, 500.0])  # no property of a model
+    assert factor() is None
+    finished_with(bind, job.dataset_id, [9.0, 1.0, 1.0, 4.0])
+    assert factor() == pytest.approx(2.0)
+    finished_with(bind, job.dataset_id, [9.0, 0.5, 0.5, 0.5])
+    assert factor() == pytest.approx(2.0**0.5)
+    assert factor(precision="bfloat16") is None
+    finished_with(bind, job.dataset_id, [9.0, 2.0, 2.0, 2.0], precision="bfloat16")
+    assert factor(precision="bfloat16") == pytest.approx(4.0)
+    assert factor() == pytest.approx(2.0**0.5)
+    with transaction(bind) as session:
+        data = calibrations.for_job(session, job.model_config, job.train)
+    assert data is not None
+    assert data["source"] == "measured; times learned from 2 finished jobs of this model"
 
 
 def test_one_holder_of_an_advisory_lock_at_a_time(bind: Engine) -> None:

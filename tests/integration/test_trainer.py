@@ -18,7 +18,18 @@ from slim_core.planning import Plan
 from slim_core.weights.checkpoint import verify_checkpoint
 from tests.unit.core_support import a_plan, names, write_text
 from worker.environment import trainer_environment
-from worker.messages import Checkpoint, Done, Evaluation, Failure, Message, Metric, Started, parse
+from worker.messages import (
+    Checkpoint,
+    Done,
+    Evaluation,
+    Failure,
+    GradientCheck,
+    Message,
+    Metric,
+    Probed,
+    Started,
+    parse,
+)
 from worker.process import TrainerProcess, tail
 
 T = TypeVar("T")
@@ -27,7 +38,7 @@ MODEL = ModelConfig(num_layers=2, model_width=32, num_heads=2, mlp_width=64)
 TRAIN = TrainConfig(
     sequence_length=256, batch_size=2, steps=6, evaluate_every=3, optimizer=OptimizerConfig(learning_rate=3e-3)
 )
-PLAN = a_plan(100, "reverse", micro_batch=1)
+PLAN = replace(a_plan(100, "reverse", micro_batch=1), check_chunk_length=256)
 ENDLESS = replace(TRAIN, steps=1_000_000, evaluate_every=None)
 CAP_BYTES = 2 << 30
 VALIDATION = ["assert", "assignment", "import"]
@@ -115,10 +126,21 @@ def test_a_job_runs_to_its_end_resumes_bit_for_bit_and_is_a_start_for_others(sta
     assert whole.finish() == 0, tail(whole.log)
     kinds = [type(message) for message in whole.messages]
     three_steps_and_an_evaluation = [Metric, Metric, Metric, Evaluation, Checkpoint]
-    assert kinds == [Started, *three_steps_and_an_evaluation, *three_steps_and_an_evaluation, Done]
+    assert kinds == [
+        Started,
+        Probed,
+        *three_steps_and_an_evaluation,
+        *three_steps_and_an_evaluation,
+        Done,
+        GradientCheck,
+    ]
     assert whole.messages[0] == Started(0)
-    assert whole.messages[-1] == Done(6, "completed")
+    assert whole.of(Done) == [Done(6, "completed")]
     assert whole.losses[-1] < whole.losses[0]
+    (check,) = whole.of(GradientCheck)
+    assert (check.chunk_length, check.compared_with) == (100, 256)
+    assert 0 < check.relative_error < 1e-5
+    assert whole.of(Probed)[0].peak_bytes <= whole.of(Metric)[0].peak_bytes
     for metric in whole.of(Metric):
         assert 50_000_000 < metric.peak_bytes < CAP_BYTES
     for checkpoint in whole.of(Checkpoint):

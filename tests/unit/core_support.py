@@ -148,8 +148,11 @@ def a_plan(chunk_length: int, state_policy: StatePolicy = "keep", micro_batch: i
         predicted_total_seconds=0.0,
         unchunked_peak_bytes=0,
         minimum_cap_bytes=0,
+        max_sequence_length=0,
+        check_chunk_length=None,
         reason="by hand",
         calibration_source="none",
+        time_factor=1.0,
         frontier=(),
     )
 

@@ -6,18 +6,30 @@ import errno
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from slim_core.config import ModelConfig
+from slim_core.config import LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
+from slim_core.layers.dropout import Dropout
 from slim_core.memory import is_out_of_memory
 from slim_core.model import LanguageModel
+from slim_core.optim import make_optimizer, optimizer_tensors
 from slim_core.planning import Calibration, Chunking, Workload, plan_job
-from slim_core.planning.memory_model import DOUBLE, FLOAT, saved_sites, state_bytes
-from tests.unit.core_support import write_text
+from slim_core.planning.memory_model import (
+    DOUBLE,
+    FLOAT,
+    num_frozen,
+    num_trained,
+    optimizer_bytes,
+    saved_sites,
+    state_bytes,
+)
+from slim_core.weights.lora import add_adapters
+from tests.unit.core_support import small_config, write_text
 from worker.environment import trainer_environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -151,10 +163,7 @@ from slim_core.train import StepMetrics, TrainingRun
 
 runtime = private_bytes()
 meter = CpuMeter()
-config = TrainConfig(
-    sequence_length=arguments["sequence_length"], batch_size=arguments["batch_size"], steps=2, evaluate_every=2,
-    evaluate_sequences=1,
-)
+config = TrainConfig.from_json(arguments["train"])
 model = LanguageModel(ModelConfig.from_json(arguments["model"])).initialize(0)
 data = Windows(token_file(Path(arguments["text"])), config.sequence_length, seed=0)
 run = TrainingRun(
@@ -166,21 +175,21 @@ print(json.dumps({"runtime": runtime, "peak": meter.peak_bytes()}))
 """
 
 
-def measured(workload: Workload, chunking: Chunking, text: Path) -> tuple[int, int]:
-    """Peak of a short training run, evaluation and checkpoint included, and the prediction."""
+def training(length: int, batch_size: int, **options: Any) -> TrainConfig:
+    """A short run with an evaluation and a checkpoint."""
+    return TrainConfig(
+        sequence_length=length, batch_size=batch_size, steps=3, evaluate_every=3, evaluate_sequences=1, **options
+    )
+
+
+def measured(model: ModelConfig, train: TrainConfig, chunking: Chunking, text: Path) -> tuple[int, int]:
+    """Peak of a run, and the prediction."""
 
     def planned(runtime_bytes: int) -> Any:
-        calibration = Calibration("this process", "cpu", 1, runtime_bytes, 1e10, 1e-4)
-        return plan_job(workload, NO_CAP, calibration, chunking)
+        calibration = Calibration("this process", "cpu", 1, runtime_bytes, 1e10, 1e10, 1e10, 1e-4)
+        return plan_job(Workload(model, train), NO_CAP, calibration, chunking)
 
-    result = child(
-        TRAIN,
-        sequence_length=workload.sequence_length,
-        batch_size=workload.batch_size,
-        model=workload.model.to_json(),
-        plan=planned(0).to_json(),
-        text=str(text),
-    )
+    result = child(TRAIN, train=train.to_json(), model=model.to_json(), plan=planned(0).to_json(), text=str(text))
     return result["peak"], planned(result["runtime"]).predicted_peak_bytes
 
 
@@ -191,9 +200,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_the_peak_does_not_grow_with_the_sequence(text: Path) -> None:
+    """A set of states is 34 KiB here: one that stays behind for each of 1,024 chunks would be 34 MiB."""
     model = ModelConfig(num_layers=2, model_width=64, num_heads=2, mlp_width=128)
-    peaks = [measured(Workload(model, length, 1, 3), Chunking(64, "reverse"), text)[0] for length in (256, 16 * 256)]
-    assert peaks[1] <= 1.03 * peaks[0]
+    peaks = [measured(model, training(length, 1), Chunking(16, "reverse"), text)[0] for length in (1024, 16 * 1024)]
+    assert peaks[1] <= peaks[0] + 2 * MIB
 
 
 SAMPLE = [
@@ -231,34 +241,74 @@ SAMPLE = [
 def test_the_prediction_is_an_upper_bound_and_not_a_loose_one(
     model: ModelConfig, length: int, chunking: Chunking, text: Path
 ) -> None:
-    peak, predicted = measured(Workload(model, length, batch_size=2, steps=3), chunking, text)
+    peak, predicted = measured(model, training(length, 2), chunking, text)
     assert peak <= predicted
     assert peak >= 0.80 * predicted
 
 
+LORA = LoraConfig(rank=8)
+WIDE = ModelConfig(num_layers=3, model_width=384, num_heads=6, mlp_width=1536)
+OPTIONS: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
+    "adafactor": (WIDE, {"optimizer": OptimizerConfig("adafactor")}),
+    "sgd": (WIDE, {"optimizer": OptimizerConfig("sgd", momentum=0.0)}),
+    "lora": (WIDE, {"lora": LORA}),
+    "lora-everywhere": (
+        WIDE,
+        {"lora": LoraConfig(rank=16, targets=("query", "key_value", "output", "mlp_in", "mlp_out"))},
+    ),
+    "bfloat16": (WIDE, {"precision": "bfloat16"}),
+    "dropout": (WIDE, {"dropout": 0.1, "label_smoothing": 0.1}),
+    "swiglu-rotary": (replace(WIDE, activation="swiglu", positions="rotary"), {}),
+    "tied-bfloat16-lora": (replace(WIDE, tied_embeddings=True), {"precision": "bfloat16", "lora": LORA}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_prediction_covers_every_option(name: str, text: Path) -> None:
+    model, options = OPTIONS[name]
+    peak, predicted = measured(model, training(1024, 1, **options), Chunking(512, "reverse"), text)
+    assert peak <= predicted
+    assert peak >= 0.80 * predicted
+
+
+ADAPTED = {"lora": {"rank": 8, "targets": ["key_value", "mlp_out"]}}
+
+
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "options"),
     [
-        {},
-        {"activation": "swiglu"},
-        {"norm": "post"},
-        {"norm": "branch"},
-        {"output_projection": False},
-        {"positions": "rotary"},
-        {"num_layers": 1, "tied_embeddings": True},
-        {"feature_map": "elu1"},
-        {"feature_map": "relu"},
-        {"feature_map": "favor", "num_features": 96},
+        ({}, {}),
+        ({"activation": "swiglu"}, {}),
+        ({"norm": "post"}, {}),
+        ({"norm": "branch"}, {}),
+        ({"output_projection": False}, {}),
+        ({"positions": "rotary"}, {}),
+        ({"num_layers": 1, "tied_embeddings": True}, {}),
+        ({"feature_map": "elu1"}, {}),
+        ({"feature_map": "relu"}, {}),
+        ({"feature_map": "favor", "num_features": 96}, {}),
+        ({}, {"dropout": 0.1}),
+        ({}, {"precision": "bfloat16"}),
+        ({"feature_map": "favor", "num_features": 96, "positions": "rotary"}, {"precision": "bfloat16"}),
+        ({"num_layers": 6}, ADAPTED),
+        ({"num_layers": 6, "activation": "swiglu", "norm": "post"}, ADAPTED | {"precision": "bfloat16"}),
     ],
-    ids=lambda changes: "-".join(map(str, changes.values())) or "plain",
+    ids=lambda fields: "-".join(map(str, fields)) or "plain",
 )
-def test_the_sites_are_what_autograd_saves(changes: dict[str, Any]) -> None:
+def test_the_sites_are_what_autograd_saves(changes: dict[str, Any], options: dict[str, Any]) -> None:
     """Counted from outside: every tensor that forward saves for backward, once, weights apart."""
     config = ModelConfig.from_json(
         {"num_layers": 3, "model_width": 64, "num_heads": 2, "mlp_width": 160, "vocab_size": 50, **changes}
     )
     length = 512
+    options = {"sequence_length": length, "batch_size": 1, "steps": 1, **options}
+    train = TrainConfig.from_json(options)
     model = LanguageModel(config).initialize(0)
+    if train.lora is not None:
+        add_adapters(model, train.lora, seed=0)
+    if train.precision == "bfloat16":
+        model.compute_dtype = torch.bfloat16
     apart = {parameter.untyped_storage().data_ptr() for parameter in [*model.parameters(), *model.buffers()]}
     saved: dict[int, int] = {}
 
@@ -272,12 +322,33 @@ def test_the_sites_are_what_autograd_saves(changes: dict[str, Any]) -> None:
     apart |= {state.untyped_storage().data_ptr() for state in states}
     tokens = torch.zeros(1, length, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        chunk = model.forward_chunk(tokens, 0, states)
+        chunk = model.forward_chunk(tokens, 0, states, dropout=Dropout(train.dropout, seed=0, step=0, first_row=0))
         loss = model.loss(chunk.hidden, tokens)
     found = sum(saved.values()) + chunk.hidden.nbytes  # which `slim_step` holds
-    counted = FLOAT * length * sum(count * width for count, width in saved_sites(config))
+    counted = length * sum(count * width for count, width in saved_sites(config, train))
     assert loss.requires_grad
     assert found == pytest.approx(counted, rel=0.04)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "sgd"])
+@pytest.mark.parametrize("targets", [None, ("query",), ("key_value", "output", "mlp_in", "mlp_out")])
+@pytest.mark.parametrize(
+    "changes", [{}, {"activation": "swiglu", "tied_embeddings": True, "attention_bias": True}, {"positions": "learned"}]
+)
+def test_the_planner_counts_weights_and_state(changes: dict[str, Any], targets: Any, optimizer: Any) -> None:
+    config = small_config(**changes)
+    lora = None if targets is None else LoraConfig(rank=3, targets=targets)
+    train = training(8, 1, lora=lora, optimizer=OptimizerConfig(optimizer))
+    model = LanguageModel(config)
+    if lora is not None:
+        add_adapters(model, lora, seed=0)
+    state = optimizer_tensors(model, make_optimizer(model, train.optimizer))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert sum(parameter.numel() for parameter in trained) == num_trained(config, train)
+    assert sum(parameter.numel() for parameter in model.parameters()) - num_trained(config, train) == num_frozen(
+        config, train
+    )
+    assert sum(tensor.nbytes for tensor in state.values()) == optimizer_bytes(config, train)
 
 
 def test_stride_keeps_about_two_roots_of_n() -> None:

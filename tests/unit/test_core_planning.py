@@ -20,6 +20,7 @@ from slim_core.config import (
     BUILTIN_MODELS,
     FEATURE_MAPS,
     EarlyStoppingConfig,
+    LoraConfig,
     ModelConfig,
     OptimizerConfig,
     ScheduleConfig,
@@ -34,14 +35,34 @@ from slim_core.planning import (
     default_calibration,
     plan_job,
 )
+from slim_core.planning.choose import LONGEST_SEQUENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
 NO_CAP = 1 << 50
 CALIBRATION = Calibration(
-    source="by hand", device="cpu", threads=2, runtime_bytes=200 * MIB, flops_per_second=8e10, overhead_seconds=5e-4
+    source="by hand",
+    device="cpu",
+    threads=2,
+    runtime_bytes=200 * MIB,
+    flops_per_second=8e10,
+    bfloat16_flops_per_second=4e10,
+    bytes_per_second=2e10,
+    overhead_seconds=5e-4,
 )
-PTB = Workload(BUILTIN_MODELS["performer-ptb"], sequence_length=16_384, batch_size=4, steps=100)
+PTB = Workload(BUILTIN_MODELS["performer-ptb"], TrainConfig(sequence_length=16_384, batch_size=4, steps=100))
+
+
+def changed(workload: Workload, **fields: Any) -> Workload:
+    return replace(workload, train=replace(workload.train, **fields))
+
+
+LORA_TARGETS = [
+    ("query", "key_value"),
+    ("mlp_in",),
+    ("mlp_out", "key_value"),
+    ("query", "key_value", "mlp_in", "mlp_out"),
+]
 
 
 @st.composite
@@ -60,7 +81,17 @@ def workloads(draw: st.DrawFn) -> Workload:
         output_projection=draw(st.booleans()),
     )
     length = draw(st.one_of(st.integers(1, 300), st.integers(1, 200_000), st.sampled_from([1024, 4096, 65_536])))
-    return Workload(model, length, batch_size=draw(st.integers(1, 9)), steps=10)
+    lora = LoraConfig(rank=draw(st.sampled_from([1, 8, 64])), targets=draw(st.sampled_from(LORA_TARGETS)))
+    train = TrainConfig(
+        sequence_length=length,
+        batch_size=draw(st.integers(1, 9)),
+        steps=10,
+        optimizer=OptimizerConfig(name=draw(st.sampled_from(["adamw", "adafactor", "sgd"]))),
+        lora=draw(st.sampled_from([None, lora])),
+        precision=draw(st.sampled_from(["float32", "bfloat16"])),
+        dropout=draw(st.sampled_from([0.0, 0.1])),
+    )
+    return Workload(model, train)
 
 
 def smallest_cap(workload: Workload, **options: Any) -> int:
@@ -92,11 +123,11 @@ def test_a_plan_is_consistent_and_under_the_cap(workload: Workload, share: float
     assert plan.predicted_peak_bytes == plan.breakdown.total
     assert min(plan.breakdown.to_json().values()) >= 0
     assert plan.minimum_cap_bytes == least
-    assert 1 <= plan.chunk_length <= workload.sequence_length
-    assert plan.num_chunks == math.ceil(workload.sequence_length / plan.chunk_length)
-    assert 1 <= plan.micro_batch_size <= workload.batch_size
-    assert plan.accumulation_steps == math.ceil(workload.batch_size / plan.micro_batch_size)
-    assert plan.predicted_total_seconds == plan.predicted_step_seconds * workload.steps
+    assert 1 <= plan.chunk_length <= workload.train.sequence_length
+    assert plan.num_chunks == math.ceil(workload.train.sequence_length / plan.chunk_length)
+    assert 1 <= plan.micro_batch_size <= workload.train.batch_size
+    assert plan.accumulation_steps == math.ceil(workload.train.batch_size / plan.micro_batch_size)
+    assert plan.predicted_total_seconds == plan.predicted_step_seconds * workload.train.steps
     assert plan.calibration_source == "by hand"
     assert plan.reason
 
@@ -153,12 +184,12 @@ def test_the_minimum_cap_is_exact(workload: Workload) -> None:
 def assert_longest(workload: Workload, cap: int, chunking: Chunking | None) -> int:
     def with_length(length: int) -> bool:
         own = chunking and replace(chunking, chunk_length=min(chunking.chunk_length, length))
-        return fits(replace(workload, sequence_length=length), cap, chunking=own)
+        return fits(changed(workload, sequence_length=length), cap, chunking=own)
 
     with pytest.raises(MemoryCapInfeasibleError) as caught:
         plan_job(workload, cap, CALIBRATION, chunking)
     longest = caught.value.max_sequence_length
-    assert longest < workload.sequence_length
+    assert longest < workload.train.sequence_length
     if longest:
         assert with_length(longest)
         assert any(str(longest) in suggestion for suggestion in caught.value.suggestions)
@@ -170,7 +201,7 @@ def assert_longest(workload: Workload, cap: int, chunking: Chunking | None) -> i
 @given(workload=workloads(), share=st.floats(0, 1))
 def test_the_longest_sequence_is_exact(workload: Workload, share: float) -> None:
     least = smallest_cap(workload)
-    shortest = smallest_cap(replace(workload, sequence_length=1))
+    shortest = smallest_cap(changed(workload, sequence_length=1))
     assume(shortest < least)
     cap = int(shortest + share * (least - 1 - shortest))
     assert assert_longest(workload, cap, None) >= 1
@@ -187,11 +218,62 @@ def test_the_longest_sequence_is_exact(workload: Workload, share: float) -> None
 def test_the_longest_sequence_is_exact_for_the_user_s_chunks(
     workload: Workload, share: float, policy: Any, chunk_share: float
 ) -> None:
-    chunking = Chunking(max(1, int(chunk_share * workload.sequence_length)), policy)
+    chunking = Chunking(max(1, int(chunk_share * workload.train.sequence_length)), policy)
     least = smallest_cap(workload, chunking=chunking)
-    shortest = smallest_cap(replace(workload, sequence_length=1), chunking=Chunking(1, policy))
+    shortest = smallest_cap(changed(workload, sequence_length=1), chunking=Chunking(1, policy))
     assume(shortest < least)
     assert_longest(workload, int(shortest + share * (least - 1 - shortest)), chunking)
+
+
+@BOUNDED
+@given(workload=workloads(), share=st.floats(0, 1))
+def test_what_is_suggested_would_fit(workload: Workload, share: float) -> None:
+    train = workload.train
+    ways: dict[str, tuple[bool, dict[str, Any]]] = {
+        "adafactor": (train.optimizer.name == "adamw", {"optimizer": replace(train.optimizer, name="adafactor")}),
+        "bfloat16": (train.precision == "float32", {"precision": "bfloat16"}),
+        "lora": (train.lora is None, {"lora": LoraConfig()}),
+    }
+    cap = int((1 - 0.3 * share) * smallest_cap(workload)) - 1
+    with pytest.raises(MemoryCapInfeasibleError) as caught:
+        plan_job(workload, cap, CALIBRATION)
+    for name, (is_other, change) in ways.items():
+        suggested = any(f'"{name}"' in suggestion for suggestion in caught.value.suggestions)
+        assert suggested == (is_other and fits(changed(workload, **change), cap))
+
+
+def test_adapters_for_a_layer_that_is_not_there() -> None:
+    with pytest.raises(ValueError, match="targets: no linear layer 'output'"):
+        plan_job(changed(PTB, lora=LoraConfig(targets=("output",))), NO_CAP, CALIBRATION)
+
+
+@BOUNDED
+@given(workload=workloads())
+def test_the_longest_sequence_of_a_plan_fits_and_no_longer_one(workload: Workload) -> None:
+    cap = int(1.1 * smallest_cap(workload))
+    longest = plan_job(workload, cap, CALIBRATION).max_sequence_length
+    assert longest >= workload.train.sequence_length
+    assert fits(changed(workload, sequence_length=longest), cap)
+    if longest < LONGEST_SEQUENCE:
+        assert not fits(changed(workload, sequence_length=longest + 1), cap)
+
+
+def test_the_gradient_is_checked_against_the_whole_sequence_where_it_fits() -> None:
+    alone = changed(PTB, batch_size=1)
+    whole = plan_job(alone, NO_CAP, CALIBRATION, Chunking(16_384)).predicted_peak_bytes
+    assert plan_job(alone, whole, CALIBRATION, Chunking(512)).check_chunk_length == 16_384
+    assert plan_job(alone, whole - 1, CALIBRATION, Chunking(512)).check_chunk_length == 256
+    assert plan_job(alone, whole, CALIBRATION, Chunking(16_384)).check_chunk_length == 8_192
+    single = changed(alone, sequence_length=1)
+    assert plan_job(single, NO_CAP, CALIBRATION).check_chunk_length is None
+
+
+def test_finished_jobs_move_times_and_nothing_else() -> None:
+    plan = plan_job(PTB, NO_CAP, CALIBRATION)
+    slower = plan_job(PTB, NO_CAP, replace(CALIBRATION, time_factor=3.0))
+    assert slower.predicted_step_seconds == pytest.approx(3 * plan.predicted_step_seconds)
+    assert (slower.chunk_length, slower.predicted_peak_bytes) == (plan.chunk_length, plan.predicted_peak_bytes)
+    assert (plan.time_factor, slower.time_factor) == (1.0, 3.0)
 
 
 def test_no_model_fits_below_the_runtime() -> None:
@@ -244,14 +326,14 @@ def test_no_more_positions_at_once_than_the_limit(limit: int) -> None:
 
 
 def test_a_tight_cap_splits_the_batch_and_a_loose_one_does_not() -> None:
-    workload = replace(PTB, batch_size=8)
+    workload = changed(PTB, batch_size=8)
     own = Chunking(1024, "reverse")
     tight = plan_job(workload, smallest_cap(workload, chunking=own), CALIBRATION, own)
     assert (tight.micro_batch_size, tight.accumulation_steps) == (1, 8)
     slow_calls = replace(CALIBRATION, overhead_seconds=0.1)
     loose = plan_job(workload, NO_CAP, slow_calls, Chunking(16, "reverse"))
     assert (loose.micro_batch_size, loose.accumulation_steps) == (8, 1)
-    odd = plan_job(replace(PTB, batch_size=5), NO_CAP, slow_calls, Chunking(16, "reverse"))
+    odd = plan_job(changed(PTB, batch_size=5), NO_CAP, slow_calls, Chunking(16, "reverse"))
     assert (odd.micro_batch_size, odd.accumulation_steps) == (5, 1)
 
 
@@ -259,12 +341,12 @@ def test_memory_depends_on_the_chunk_and_not_on_the_sequence() -> None:
     """But for the token ids, 4 bytes each."""
     own = Chunking(512, "reverse")
     short, long = (
-        plan_job(replace(PTB, sequence_length=length, batch_size=1), NO_CAP, CALIBRATION, own).predicted_peak_bytes
+        plan_job(changed(PTB, sequence_length=length, batch_size=1), NO_CAP, CALIBRATION, own).predicted_peak_bytes
         for length in (4_096, 16 * 4_096)
     )
     assert 0 < long - short <= 1.2 * 4 * 15 * 4_096
-    keep = plan_job(replace(PTB, batch_size=1), NO_CAP, CALIBRATION, Chunking(512, "keep"))
-    reverse = plan_job(replace(PTB, batch_size=1), NO_CAP, CALIBRATION, own)
+    keep = plan_job(changed(PTB, batch_size=1), NO_CAP, CALIBRATION, Chunking(512, "keep"))
+    reverse = plan_job(changed(PTB, batch_size=1), NO_CAP, CALIBRATION, own)
     state = 3 * 8 * 64 * 65
     assert keep.breakdown.states - reverse.breakdown.states == 4 * state * 31
 
@@ -273,7 +355,12 @@ def test_calibration_moves_the_prediction() -> None:
     plan = plan_job(PTB, NO_CAP, CALIBRATION, Chunking(512))
     heavier = replace(CALIBRATION, runtime_bytes=CALIBRATION.runtime_bytes + MIB)
     assert plan_job(PTB, NO_CAP, heavier, Chunking(512)).predicted_peak_bytes == plan.predicted_peak_bytes + MIB
-    fast = replace(CALIBRATION, flops_per_second=2 * CALIBRATION.flops_per_second, overhead_seconds=2.5e-4)
+    fast = replace(
+        CALIBRATION,
+        flops_per_second=2 * CALIBRATION.flops_per_second,
+        bytes_per_second=2 * CALIBRATION.bytes_per_second,
+        overhead_seconds=2.5e-4,
+    )
     half = plan_job(PTB, NO_CAP, fast, Chunking(512)).predicted_step_seconds
     assert half == pytest.approx(plan.predicted_step_seconds / 2)
     cautious = plan_job(PTB, NO_CAP, default_calibration(), Chunking(512))
@@ -291,7 +378,7 @@ def test_more_chunks_are_more_work() -> None:
     assert 1.15 < seconds[2] / seconds[0] < 1.34
     one = plan_job(PTB, NO_CAP, CALIBRATION, Chunking(16, "keep"))
     other = plan_job(PTB, NO_CAP, free, Chunking(16, "keep"))
-    calls = one.num_chunks * one.accumulation_steps * 3
+    calls = one.num_chunks * one.accumulation_steps * 4
     assert one.predicted_step_seconds - other.predicted_step_seconds == pytest.approx(calls * 5e-4)
 
 
@@ -299,7 +386,6 @@ def test_plans_and_their_like_survive_json() -> None:
     plan = plan_job(PTB, NO_CAP, CALIBRATION)
     assert len(plan.frontier) > 1
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
-    assert Workload.from_json(json.loads(json.dumps(PTB.to_json()))) == PTB
     assert Calibration.from_json(json.loads(json.dumps(CALIBRATION.to_json()))) == CALIBRATION
     train = TrainConfig(
         sequence_length=8, batch_size=2, steps=3, evaluate_every=2, early_stopping=EarlyStoppingConfig(patience=4)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from slim_core import step as step_module
 from slim_core import train
 from slim_core.config import ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from slim_core.data.dataset import Windows
@@ -65,9 +66,10 @@ class Bench:
         checkpoints: Path | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
         model_config: ModelConfig = TINY,
+        dtype: torch.dtype = torch.float32,
     ) -> TrainingRun:
         """A run of a new model, `self.model`, into a folder of its own, `self.checkpoints`."""
-        self.model = LanguageModel(model_config).initialize(config.seed if seed is None else seed)
+        self.model = LanguageModel(model_config).initialize(config.seed if seed is None else seed).to(dtype)
         self.checkpoints = checkpoints or self.folder / f"checkpoints-{next(self.runs)}"
         return TrainingRun(self.model, config, plan, self.data, validation, self.checkpoints, NoMeter(), stop_requested)
 
@@ -400,6 +402,52 @@ def test_the_plan_changes_no_loss(bench: Bench) -> None:
     curves = [losses(list(bench.run(plan=plan).reports())) for plan in plans]
     for curve in curves[1:]:
         assert curve == pytest.approx(curves[0], rel=1e-5)
+
+
+def test_a_run_goes_on_under_another_plan_as_if_nothing_had_happened(bench: Bench) -> None:
+    """A job that is resumed under another cap: in float64 the loss curve is the same to 1e-9."""
+    undisturbed = losses(list(bench.run(plan=a_plan(40, "reverse", 2), dtype=torch.float64).reports()))
+    stop, read = stop_after(3)
+    before = read(bench.run(plan=a_plan(40, "reverse", 2), stop_requested=stop, dtype=torch.float64).reports())
+    for plan in (a_plan(T, "keep", 3), a_plan(16, "reverse", 1), a_plan(7, "keep", 2)):
+        resumed = bench.run(plan=plan, checkpoints=bench.checkpoints, dtype=torch.float64)
+        resumed.resume(bench.checkpoints / "step-00000003")
+        assert losses(before) + losses(list(resumed.reports())) == pytest.approx(undisturbed, rel=1e-9)
+
+
+def test_a_probe_changes_nothing(bench: Bench) -> None:
+    undisturbed = losses(list(bench.run().reports()))
+    run = bench.run()
+    before = weights(bench.model)
+    assert run.probe() == 123
+    assert_same_weights(bench.model, before)
+    assert losses(list(run.reports())) == undisturbed
+    assert run.probe() == 123  # at the end there is nothing left to try
+
+
+@pytest.mark.parametrize("other", [1, 13, T])
+def test_the_gradient_is_checked_against_another_chunk_length(bench: Bench, other: int) -> None:
+    run = bench.run(replace(CONFIG, dropout=0.1, batch_size=3))
+    list(run.reports())
+    after = weights(bench.model)
+    check = run.check_gradient(other)
+    assert (check.chunk_length, check.compared_with) == (40, other)
+    assert 0 < check.relative_error < 1e-5
+    assert_same_weights(bench.model, after)
+    assert not any(parameter.grad is not None and parameter.grad.any() for parameter in bench.model.parameters())
+
+
+def test_the_check_sees_a_wrong_gradient(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that forgets what the chunks before had to do with the loss."""
+    run = bench.run()
+    list(run.reports())
+    backward = step_module._backward
+
+    def forgetful(loss: Any, states: Any, grads: Any) -> None:
+        backward(loss, states, grads and [grad * 0 for grad in grads])
+
+    monkeypatch.setattr(step_module, "_backward", forgetful)
+    assert run.check_gradient(T).relative_error > 0.01
 
 
 def test_weight_decay_is_for_matrices(bench: Bench) -> None:

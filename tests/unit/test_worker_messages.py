@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 
 from worker.environment import trainer_environment
-from worker.messages import Checkpoint, Done, Evaluation, Failure, Metric, ProtocolError, Started, parse
+from worker.messages import (
+    Checkpoint,
+    Done,
+    Evaluation,
+    Failure,
+    GradientCheck,
+    Metric,
+    Probed,
+    ProtocolError,
+    Started,
+    parse,
+)
 
 METRIC = {
     "type": "metric", "step": 3, "loss": 2.5, "learning_rate": 1e-3, "grad_norm": 1, "step_seconds": 0.1, "tokens": 192,
@@ -27,6 +38,11 @@ def test_every_kind_is_read() -> None:
     assert parse(line(METRIC)) == Metric(3, 2.5, 1e-3, 1.0, 0.1, 192, 1_000)
     assert parse(b'{"type": "evaluation", "step": 3, "loss": 2}') == Evaluation(3, 2.0)
     assert parse(line(CHECKPOINT)) == Checkpoint(40, "step-00000040", [FILE], None)
+    assert parse(b'{"type": "probed", "peak_bytes": 7}') == Probed(7)
+    checked = (
+        b'{"type": "gradient_check", "chunk_length": 16, "compared_with": 64, "relative_error": 1e-7, "peak_bytes": 9}'
+    )
+    assert parse(checked) == GradientCheck(16, 64, 1e-7, 9)
     assert parse(b'{"type": "done", "step": 9, "reason": "completed"}') == Done(9, "completed")
     error = b'{"type": "error", "code": "diverged", "message": "m", "step": 2, "hint": null, "peak_bytes": null}'
     assert parse(error) == Failure("diverged", "m", 2, None, None)

@@ -1,0 +1,28 @@
+"""A few of `make plan-accuracy`'s random specifications, of a seed of their own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from benchmarks import plan_accuracy
+from slim_core.data.dataset import token_file
+from slim_core.planning import default_calibration
+from tests.unit.core_support import write_text
+
+SEED, COUNT = 7, 5
+
+
+@pytest.mark.slow
+def test_no_job_exceeds_its_plan(tmp_path: Path) -> None:
+    # One thread: the tests run side by side, and times are not looked at.
+    calibration = replace(default_calibration(), flops_per_second=5e10, threads=1)
+    data = token_file(write_text(tmp_path))
+    for workload, cap in islice(plan_accuracy.specifications(SEED, calibration), COUNT):
+        record = plan_accuracy.measured(workload, cap, calibration, data)
+        assert record["plan"]["predicted_peak_bytes"] <= cap
+        own = record["plan"]["predicted_peak_bytes"] - calibration.runtime_bytes + record["measured"]["runtime_bytes"]
+        assert 0.8 * own <= record["measured"]["peak_bytes"] <= own, workload
