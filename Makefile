@@ -58,7 +58,7 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports
 
 tradeoff: $(INSTALLED)
-	$(BIN)/python benchmarks/tradeoff.py
+	$(BIN)/python -m benchmarks.tradeoff
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench

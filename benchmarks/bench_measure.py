@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slim_core.planning import Plan, Workload
 from worker.environment import trainer_environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,6 +123,25 @@ def run_steps(*, quick: bool, **spec: Any) -> Record:
     shown = {name: spec[name] for name in ("method", "tokens", "chunk_length", "policy")}
     progress(" ".join(map(str, shown.values())), record)
     return record
+
+
+def probe(workload: Workload, plan: Plan, data: Path, threads: int) -> Record:
+    """A job's first steps in a process with the trainer's environment (`benchmarks/probe.py`): peak and time."""
+    spec = {
+        "model": workload.model.to_json(),
+        "train": workload.train.to_json(),
+        "plan": plan.to_json(),
+        "data": str(data),
+        "threads": threads,
+        "validation": workload.train.evaluate_every is not None,
+    }
+    environment = trainer_environment(threads) | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "benchmarks.probe", json.dumps(spec)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{workload}: {done.stderr[-2000:]}")
+    result: Record = json.loads(done.stdout)
+    return result
 
 
 def progress(*what: object) -> None:

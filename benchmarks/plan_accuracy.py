@@ -13,21 +13,18 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from benchmarks.bench_measure import MIB, ROOT, machine, progress
+from benchmarks.bench_measure import MIB, ROOT, machine, probe, progress
 from benchmarks.page import Target, at_least, at_most, fill, table, targets_table
 from slim_core.config import FEATURE_MAPS, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
 from slim_core.data.dataset import token_file
-from slim_core.planning import Calibration, Plan, Workload, plan_job
+from slim_core.planning import Calibration, Workload, plan_job
 from worker.calibrator import measure
-from worker.environment import trainer_environment
 
 STEPS = 2
 LONGEST_STEP_SECONDS = 3.0
@@ -137,7 +134,7 @@ def _train(source: random.Random) -> TrainConfig:
 def measured(workload: Workload, cap: int, calibration: Calibration, data: Path) -> Record:
     """The plan under the cap, and the peak and the second step's time of a process that follows it."""
     plan = plan_job(workload, cap, calibration)
-    result = _probe(workload, plan, data, calibration.threads)
+    result = probe(workload, plan, data, calibration.threads)
     return {
         "model": workload.model.to_json(),
         "train": workload.train.to_json(),
@@ -147,24 +144,6 @@ def measured(workload: Workload, cap: int, calibration: Calibration, data: Path)
         "peak_ratio": result["peak_bytes"] / plan.predicted_peak_bytes,
         "time_ratio": result["step_seconds"] / plan.predicted_step_seconds,
     }
-
-
-def _probe(workload: Workload, plan: Plan, data: Path, threads: int) -> Record:
-    spec = {
-        "model": workload.model.to_json(),
-        "train": workload.train.to_json(),
-        "plan": plan.to_json(),
-        "data": str(data),
-        "threads": threads,
-        "validation": workload.train.evaluate_every is not None,
-    }
-    environment = trainer_environment(threads) | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "benchmarks" / "probe.py"), json.dumps(spec)]
-    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{workload}: {done.stderr[-2000:]}")
-    result: Record = json.loads(done.stdout)
-    return result
 
 
 def targets(records: list[Record]) -> list[Target]:
@@ -190,7 +169,8 @@ def _summary(record: Record) -> str:
         f"{1e6 * calibration['overhead_seconds']:.0f} µs a layer and chunk"
     )
     count = len(record["specifications"])
-    return f"{count} specifications of seed {record['seed']} on {processor}. Calibration: {rates}."
+    conditions = f"{count} specifications of seed {record['seed']} on {processor}. Calibration: {rates}."
+    return f"{conditions}\n\n![Measured against predicted peak memory and step time](figures/plan_accuracy.png)"
 
 
 def _groups(record: Record) -> str:

@@ -11,8 +11,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,25 +19,24 @@ from typing import Any
 
 import matplotlib as mpl
 
+from benchmarks.bench_measure import MIB, ROOT, probe
+from benchmarks.page import at_least, at_most
 from slim_core.config import BUILTIN_MODELS, TrainConfig
 from slim_core.data.dataset import token_file
 from slim_core.planning import Calibration, Chunking, Plan, Workload, plan_job
 from worker.calibrator import measure
-from worker.environment import trainer_environment
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt  # after the choice of the backend
 
-ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "docs" / "figures"
 MODEL = "performer-tiny"
 SEQUENCE_LENGTH = 8_192
 CHUNK_LENGTHS = (8_192, 4_096, 2_048, 1_024, 512, 256, 128, 64, 32)
 TRAIN = TrainConfig(sequence_length=SEQUENCE_LENGTH, batch_size=1, steps=5)
 ROUNDS = 3
-CAP_BYTES = 300 * 2**20
+CAP_BYTES = 300 * MIB
 """The demonstration's."""
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -67,29 +64,13 @@ def main() -> None:
         data = token_file(source)
         for _ in range(ROUNDS):
             for point in points:
-                result = _probe(point.plan, data, threads)
+                result = probe(workload, point.plan, data, threads)
                 point.peak_bytes.append(result["peak_bytes"] + calibration.runtime_bytes - result["runtime_bytes"])
                 point.step_seconds.append(result["step_seconds"])
                 print(point.plan.chunk_length, result, flush=True)
     FIGURES.mkdir(parents=True, exist_ok=True)
     _draw(points, chosen)
     (FIGURES / "tradeoff.json").write_text(json.dumps(_record(points, chosen, calibration), indent=2) + "\n")
-
-
-def _probe(plan: Plan, data: Path, threads: int) -> dict[str, Any]:
-    spec = {
-        "model": BUILTIN_MODELS[MODEL].to_json(),
-        "train": TRAIN.to_json(),
-        "plan": plan.to_json(),
-        "data": str(data),
-        "threads": threads,
-        "validation": False,
-    }
-    environment = trainer_environment(threads) | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "benchmarks" / "probe.py"), json.dumps(spec)]
-    result = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    record: dict[str, Any] = json.loads(result.stdout)
-    return record
 
 
 def _draw(points: list[Point], chosen: Plan) -> None:
@@ -148,10 +129,10 @@ def _record(points: list[Point], chosen: Plan, calibration: Calibration) -> dict
     saved = max(full.peak_bytes) / max(mine.peak_bytes)
     return {
         "targets": [
-            _target("largest measured peak over predicted", max(ratios), "ratio", 1.0, met=max(ratios) <= 1.0),
-            _target("smallest measured peak over predicted", min(ratios), "ratio", 0.9, met=min(ratios) >= 0.9),
-            _target("chosen plan's step time over unchunked", slower, "ratio", 1.34, met=slower <= 1.34),
-            _target("unchunked peak over chosen plan's", saved, "ratio", 1.0, met=saved > 1.0),
+            at_most("largest measured peak over predicted", max(ratios), "ratio", 1.0),
+            at_least("smallest measured peak over predicted", min(ratios), "ratio", 0.9),
+            at_most("chosen plan's step time over unchunked", slower, "ratio", 1.34),
+            at_least("unchunked peak over chosen plan's", saved, "ratio", 1.0),
         ],
         "calibration": calibration.to_json(),
         "cap_bytes": CAP_BYTES,
@@ -168,10 +149,6 @@ def _record(points: list[Point], chosen: Plan, calibration: Calibration) -> dict
             for point in points
         ],
     }
-
-
-def _target(name: str, value: float, unit: str, bar: float, *, met: bool) -> dict[str, Any]:
-    return {"name": name, "value": round(value, 3), "unit": unit, "bar": bar, "met": met}
 
 
 if __name__ == "__main__":
