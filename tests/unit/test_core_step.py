@@ -133,6 +133,22 @@ def test_reverse_is_keep_bit_for_bit(feature_map: str, precision: torch.dtype) -
     assert [name for name in keep if not torch.equal(keep[name], reverse[name])] == []
 
 
+def test_a_state_is_recovered_to_the_last_digit() -> None:
+    """Of chunks whose features differ in size by 1e8: a small contribution has digits that a large state in float64 has
+    not, unless both are on the grid."""
+    generator = torch.Generator().manual_seed(0)
+    chunks = [[torch.randn(1, 2, 64, 16, generator=generator) for _ in range(2)] for _ in range(200)]
+    chunks = [[k.square() * 10.0 ** (-8 * (n % 2)), v] for n, (k, v) in enumerate(chunks)]
+    states = [torch.zeros(1, 2, 16, 17, dtype=torch.float64)]
+    for k, v in chunks:
+        _, state = causal_linear_attention(k, k, v, states[-1], 1e-6)
+        states.append(state)
+    state = states.pop()
+    for k, v in reversed(chunks):
+        state = state - state_contribution(k, v)
+        assert torch.equal(state, states.pop())
+
+
 def test_gradients_are_added_to_what_is_there() -> None:
     config = small_config()
     model = a_model(config, torch.float64)
