@@ -242,7 +242,7 @@ def _beside(others: Sequence[float]) -> tuple[tuple[float, float], str, str]:
     if not any(0 <= other < room for other in others):
         return (0, 6), "center", "bottom"
     if not any(-room < other <= 0 for other in others):
-        return (0, -6), "center", "top"
+        return (4, -6), "left", "top"  # where the line has ended
     return (7, 0), "left", "center"
 
 

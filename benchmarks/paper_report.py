@@ -53,7 +53,7 @@ def write(work: Path, docs: Path) -> None:
     targets = [target for name in PARTS if name in parts for target in parts[name]["targets"]]
     blocks["targets"] = targets_table(targets)
     blocks["machine"] = f"Measured with {_machine()}."
-    write_json(path, {"targets": targets, "machine": _machine(), "parts": parts}, indent=1)
+    write_json(path, {"targets": targets, "machine": _machine(), "parts": parts})
     page.write_text(fill(page.read_text(), blocks))
     for line in targets:
         print(f"{'met ' if line['met'] else 'OPEN'} {line['name']}: {line['value']:.4g} {line['unit']}")

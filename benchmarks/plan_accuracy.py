@@ -165,7 +165,7 @@ def _summary(record: Record) -> str:
     calibration = record["calibration"]
     rates = (
         f"{calibration['flops_per_second'] / 1e9:.0f} GFLOP/s, bfloat16 "
-        f"{calibration['bfloat16_flops_per_second'] / 1e9:.0f}, {calibration['bytes_per_second'] / 1e9:.1f} GB/s, "
+        f"{calibration['bfloat16_flops_per_second'] / 1e9:.0f}, "
         f"{1e6 * calibration['overhead_seconds']:.0f} µs a layer and chunk"
     )
     count = len(record["specifications"])

@@ -128,15 +128,22 @@ def request(session: Session, job_id: str, action: Action, new_cap: Callable[[Jo
 
 
 def _under(job: Job, new_cap: NewCap) -> dict[str, Any]:
-    """The columns that a new cap changes. The peak so far was another plan's; its steps keep theirs."""
+    """The columns that a new cap changes."""
     return {
         "memory_cap_bytes": new_cap.memory_cap_bytes,
         "spec": {**job.spec, "memory_cap": new_cap.memory_cap_bytes},
-        "plan": new_cap.plan,
-        "predicted_peak_bytes": new_cap.plan["predicted_peak_bytes"],
+        **planned_anew(new_cap.plan),
+        "memory_replans": 0,
+    }
+
+
+def planned_anew(plan: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a job that another plan changes. The peaks so far were the old one's; its steps keep theirs."""
+    return {
+        "plan": plan,
+        "predicted_peak_bytes": plan["predicted_peak_bytes"],
         "probed_peak_bytes": None,
         "measured_peak_bytes": None,
-        "memory_replans": 0,
     }
 
 

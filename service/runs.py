@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 from service import events, storage
 from service.errors import FencedError
 from service.ids import new_id
+from service.jobs import planned_anew
 from service.jsonable import clean_json, finite
 from service.models import Checkpoint, Dataset, Job, Metric, Model
 from service.status import TRANSITIONS, Desired, JobStatus
@@ -222,10 +223,7 @@ def release(
     job = hold(session, job_id, attempt)
     if plan is not None:
         values: dict[str, Any] = {
-            "plan": plan,
-            "predicted_peak_bytes": plan["predicted_peak_bytes"],
-            "probed_peak_bytes": None,  # those so far were of the plan that is given up
-            "measured_peak_bytes": None,
+            **planned_anew(plan),
             "memory_replans": Job.memory_replans + 1,
         }
         events.record(session, job_id, attempt, "replanned", {"chunk_length": plan.get("chunk_length")})

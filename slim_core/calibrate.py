@@ -10,59 +10,30 @@ import json
 import math
 import statistics
 import time
-from dataclasses import dataclass
 
 import torch
 
-from slim_core.config import ModelConfig, OptimizerConfig, Precision, TrainConfig
+from slim_core.config import ModelConfig, OptimizerConfig
 from slim_core.memory import make_meter, pick_device, private_bytes
 from slim_core.model import LanguageModel
 from slim_core.optim import make_optimizer
-from slim_core.planning import Calibration, Workload
-from slim_core.planning.memory_model import Schedule
-from slim_core.planning.time_model import Work, step_work
+from slim_core.planning import Calibration
+from slim_core.planning.time_model import step_flops
 from slim_core.step import slim_step
 
 _WARM_UP_MODEL = ModelConfig(num_layers=1, model_width=64, num_heads=1, mlp_width=128)
-_REPETITIONS = 5
-_FEATURES = ("flops", "bytes", "calls")
-_SWEEPS = 200
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """A training step that is timed."""
-
-    model: ModelConfig
-    tokens: int
-    chunk_length: int
-    precision: Precision = "float32"
-
-    @property
-    def workload(self) -> Workload:
-        train = TrainConfig(sequence_length=self.tokens, batch_size=1, steps=1, precision=self.precision)
-        return Workload(self.model, train)
-
-    @property
-    def schedule(self) -> Schedule:
-        return Schedule(self.chunk_length, "reverse", micro_batch_size=1)
-
-
-_MIDDLE = ModelConfig(num_layers=2, model_width=256, num_heads=4, mlp_width=1024)
-_SAMPLES = (
-    _Sample(_MIDDLE, tokens=1024, chunk_length=1024),  # mostly products
-    _Sample(
-        ModelConfig(num_layers=4, model_width=64, num_heads=1, mlp_width=256), 4096, 4096
-    ),  # mostly what is between
-    _Sample(ModelConfig(num_layers=1, model_width=512, num_heads=8, mlp_width=2048), 512, 128),  # mostly weights
-    _Sample(_MIDDLE, tokens=256, chunk_length=16),  # mostly calls
-)
-_NARROW = _Sample(_MIDDLE, 1024, 1024, "bfloat16")
+_RATE_MODEL = ModelConfig(num_layers=2, model_width=256, num_heads=4, mlp_width=1024)
+_LONG_CHUNK = 512
+_NARROW_CHUNK = 128
+"""For bfloat16, which without instructions for it is some twenty times slower."""
+_SHORT_CHUNK = 16
+_SHORT_CHUNKS = 16
+_REPETITIONS = 7
 
 
 def warm_up(device: torch.device) -> None:
     """A training step of a minimal model: every library has made its first-use buffers when it returns."""
-    _step_seconds(_Sample(_WARM_UP_MODEL, tokens=128, chunk_length=64), device, repetitions=1)
+    _train_steps(_WARM_UP_MODEL, device, sequence_length=128, chunk_length=64, repetitions=1)
 
 
 def calibrate(threads: int) -> Calibration:
@@ -73,51 +44,41 @@ def calibrate(threads: int) -> Calibration:
     warm_up(device)
     runtime_bytes = private_bytes() if device.type == "cpu" else make_meter(device).peak_bytes()
 
-    seconds = [_step_seconds(sample, device, _REPETITIONS) for sample in _SAMPLES]
-    per_flop, per_byte, per_call = fit([step_work(s.workload, s.schedule) for s in _SAMPLES], seconds)
-    narrow = step_work(_NARROW.workload, _NARROW.schedule)
-    narrow_seconds = _step_seconds(_NARROW, device, _REPETITIONS) - narrow.bytes * per_byte - narrow.calls * per_call
+    long_seconds = _train_steps(_RATE_MODEL, device, _LONG_CHUNK, _LONG_CHUNK, _REPETITIONS)
+    rate = step_flops(_RATE_MODEL, tokens=_LONG_CHUNK, num_chunks=1) / long_seconds
+    narrow_seconds = _train_steps(_RATE_MODEL, device, _NARROW_CHUNK, _NARROW_CHUNK, _REPETITIONS, torch.bfloat16)
+    tokens = _SHORT_CHUNK * _SHORT_CHUNKS
+    short_seconds = _train_steps(_RATE_MODEL, device, tokens, _SHORT_CHUNK, _REPETITIONS)
+    computing = step_flops(_RATE_MODEL, tokens=tokens, num_chunks=_SHORT_CHUNKS) / rate
+    overhead = max(0.0, short_seconds - computing) / (_SHORT_CHUNKS * _RATE_MODEL.num_layers)
     return Calibration(
         source=f"measured {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}, torch {torch.__version__}",
         device=device.type,
         threads=threads,
         runtime_bytes=runtime_bytes,
-        flops_per_second=1 / per_flop,
-        bfloat16_flops_per_second=narrow.flops / max(narrow_seconds, narrow.flops * per_flop / 16),
-        bytes_per_second=1 / per_byte,
-        overhead_seconds=per_call,
+        flops_per_second=rate,
+        bfloat16_flops_per_second=step_flops(_RATE_MODEL, tokens=_NARROW_CHUNK, num_chunks=1) / narrow_seconds,
+        overhead_seconds=overhead,
     )
 
 
-def fit(works: list[Work], seconds: list[float]) -> tuple[float, float, float]:
-    """Seconds per operation, per byte and per call, none below a thousandth of what its own samples allow, that fit
-    best relative to each time: coordinate descent on the squares."""
-    columns = [[getattr(work, name) / taken for work, taken in zip(works, seconds, strict=True)] for name in _FEATURES]
-    least = [1e-3 / max(column) for column in columns]
-    costs = [1 / (len(columns) * max(column)) for column in columns]
-    for _ in range(_SWEEPS):
-        for index, column in enumerate(columns):
-            others = [
-                sum(cost * value for j, (cost, value) in enumerate(zip(costs, row, strict=True)) if j != index)
-                for row in zip(*columns, strict=True)
-            ]
-            best = sum(c * (1 - o) for c, o in zip(column, others, strict=True)) / sum(c * c for c in column)
-            costs[index] = max(best, least[index])
-    per_flop, per_byte, per_call = costs
-    return per_flop, per_byte, per_call
-
-
-def _step_seconds(sample: _Sample, device: torch.device, repetitions: int) -> float:
+def _train_steps(
+    config: ModelConfig,
+    device: torch.device,
+    sequence_length: int,
+    chunk_length: int,
+    repetitions: int,
+    precision: torch.dtype = torch.float32,
+) -> float:
     """Median seconds of a training step, the first one not counted."""
-    model = LanguageModel(sample.model).initialize(seed=0).to(device)
-    model.compute_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[sample.precision]
+    model = LanguageModel(config).initialize(seed=0).to(device)
+    model.compute_dtype = precision
     optimizer = make_optimizer(model, OptimizerConfig())
-    length = sample.tokens
-    tokens = torch.arange(length).remainder(sample.model.vocab_size).unsqueeze(0).to(device)
+    tokens = torch.arange(sequence_length).remainder(config.vocab_size).unsqueeze(0).to(device)
     seconds = []
     for _ in range(repetitions + 1):
         started = time.perf_counter()
-        slim_step(model, tokens, tokens, chunk_length=sample.chunk_length, state_policy="reverse", normaliser=length)
+        slim_step(model, tokens, tokens, chunk_length=chunk_length, state_policy="reverse", normaliser=sequence_length)
         torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)

@@ -142,8 +142,10 @@ class LanguageModel(nn.Module):
                 std *= residual_scale
             elif name == "head.weight":
                 std *= 0.1  # close to uniform predictions at the start
-            drawn = torch.randn(parameter.shape, generator=generator) * std
-            parameter.data.copy_(drawn)
+            # In place where that is possible: a copy of the largest matrix may be the peak of a run that trains little.
+            in_place = parameter.device.type == "cpu" and parameter.dtype == torch.float32
+            drawn = parameter.data if in_place else torch.empty(parameter.shape)
+            parameter.data.copy_(drawn.normal_(generator=generator).mul_(std))
         for module in self.modules():
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)

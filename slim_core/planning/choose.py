@@ -54,7 +54,6 @@ def default_calibration() -> Calibration:
         runtime_bytes=320 * _MIB,
         flops_per_second=2e10,
         bfloat16_flops_per_second=5e9,
-        bytes_per_second=5e9,
         overhead_seconds=2e-3,
     )
 

@@ -23,11 +23,9 @@ class Calibration(_Json):
     runtime_bytes: int
     """Private memory of a trainer that has imported everything and run a warm-up step on a minimal model."""
     flops_per_second: float
-    """Of large matrix products in float32, inside a training step."""
+    """Of a training step in float32: its matrix products by all of its time."""
     bfloat16_flops_per_second: float
     """The same in bfloat16, which only some processors are faster at."""
-    bytes_per_second: float
-    """Read and written by what lies between the products."""
     overhead_seconds: float
     """Time of one layer on one chunk that does not depend on the chunk's length, in all passes."""
     time_factor: float = 1.0

@@ -42,6 +42,9 @@ def test_a_job_from_upload_to_sample(home: Path) -> None:
     assert re.search(r"step 3/3 succeeded, loss \d\.\d+", output)
     assert re.search(r"validation loss, nats per byte: \d\.\d+ at step 3", output)
     assert re.search(r"│ cap +│ .* │ held", output)
+    error = re.search(r"│ gradient error +│ 0 +│ (\d\.\de-\d+) against chunks of", output)
+    assert error is not None, output
+    assert 0 < float(error[1]) < 1e-5
     assert "every SHA-256 verified" in output
     assert "a sample of 200 bytes" in output
     assert "everything that was started has stopped" in output

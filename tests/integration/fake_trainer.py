@@ -114,6 +114,7 @@ class FakeTrainer:
     def run(self) -> int:
         self.trace(event="start", step=self.step, environment=dict(os.environ), threads=self.spec["threads"])
         self.say("started", step=self.step)
+        self.say("probed", peak_bytes=99_000_000)
         if self.options.garbage:
             os.write(self.report_fd, b'{"type": "no such thing"}\n')
             time.sleep(60)
@@ -136,6 +137,8 @@ class FakeTrainer:
                 self.checkpoint(loss_at(self.step) + 0.1)
         self.checkpoint()
         self.say("done", step=self.step, reason="completed")
+        check = {"chunk_length": 64, "compared_with": 32, "relative_error": 1e-7}
+        self.say("gradient_check", **check, peak_bytes=100_000_500)
         return 0
 
     def _scripted_end(self) -> int | None:

@@ -295,6 +295,33 @@ def test_a_paused_job_goes_on_under_another_cap(client: TestClient, body: dict[s
     assert resumed["plan"].items() <= claimed.plan.items()
 
 
+def test_a_finished_job_has_a_certificate(
+    client: TestClient, body: dict[str, Any], bind: Engine, storage: Storage
+) -> None:
+    """Of what was promised and what was measured, the check's peak included; no other job has one."""
+    job = create(client, body)
+    url = f"/jobs/{job['id']}"
+    assert (job["certificate"], job["probed_peak_bytes"]) == (None, None)
+    run = claim(bind, job["id"])
+    check = {"chunk_length": 128, "compared_with": 64, "relative_error": 2e-7}
+    with transaction(bind) as session:
+        runs.record_probe(session, run.id, run.attempt, 200)
+        runs.record_metrics(session, run.id, run.attempt, [metric(10, peak_bytes=300)])
+        runs.record_gradient_check(session, run.id, run.attempt, 400, check)
+        add_checkpoint(session, storage, run, 10)
+        runs.finish(session, run.id, run.attempt, "succeeded")
+    certificate = client.get(url).json()["certificate"]
+    assert certificate == {
+        "memory_cap_bytes": 4 * 1024**3,
+        "predicted_peak_bytes": job["predicted_peak_bytes"],
+        "probed_peak_bytes": 200,
+        "measured_peak_bytes": 400,
+        "cap_held": True,
+        "num_chunks": job["plan"]["num_chunks"],
+        "gradient_check": check,
+    }
+
+
 def test_a_job_that_goes_on_keeps_its_own_chunks(client: TestClient, body: dict[str, Any]) -> None:
     job = create(client, {**body, "batch_size": 8, "chunking": {"chunk_length": 32, "state_policy": "reverse"}})
     url = f"/jobs/{job['id']}"

@@ -50,6 +50,23 @@ def test_up_down_up(empty: Engine, empty_database_url: str) -> None:
     assert tables(empty) == set(Base.metadata.tables)
 
 
+def test_plans_of_the_first_schema_get_what_the_second_one_needs(empty: Engine, empty_database_url: str) -> None:
+    """A job that waits while the service is upgraded must still be readable, and run."""
+    alembic.command.upgrade(config(empty_database_url), "0001")
+    columns = {"id": "job_1", "status": "paused", "desired": "pause", "dataset_id": "ds_1", "model": "performer-tiny"}
+    numbers = {"memory_cap_bytes": 1, "total_steps": 1, "predicted_peak_bytes": 1}
+    documents = {"spec": "{}", "train": "{}", "model_config": "{}", "plan": '{"chunk_length": 64}'}
+    values = {**columns, **numbers, **documents}
+    placeholders = ", ".join(f"CAST(:{name} AS jsonb)" if name in documents else f":{name}" for name in values)
+    with empty.begin() as connection:
+        statement = f"INSERT INTO jobs ({', '.join(values)}) VALUES ({placeholders})"  # no input
+        connection.execute(sqlalchemy.text(statement), values)
+    alembic.command.upgrade(config(empty_database_url), "head")
+    with empty.connect() as connection:
+        plan = connection.scalar(sqlalchemy.text("SELECT plan FROM jobs"))
+    assert plan == {"chunk_length": 64, "max_sequence_length": 0, "check_chunk_length": None, "time_factor": 1.0}
+
+
 def test_the_migrated_schema_is_the_orms(database_url: str) -> None:
     alembic.command.check(config(database_url))
 

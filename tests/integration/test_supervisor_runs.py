@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
+from service import calibrations
+from service.database import transaction
 from tests.integration.fake_trainer import loss_at
 from tests.integration.stage import Stage, open_stage
 from worker.slot import device_slot
@@ -29,7 +32,9 @@ def test_a_job_runs_to_its_end(stage: Stage) -> None:
 
     assert job.status == "succeeded", job.error
     assert (job.attempt, job.step, job.tokens, job.failures) == (1, 12, 12 * 64, 0)
-    assert job.measured_peak_bytes == 100_000_012
+    # The check at the end is part of the run: its peak counts.
+    assert (job.probed_peak_bytes, job.measured_peak_bytes) == (99_000_000, 100_000_500)
+    assert job.gradient_check == {"chunk_length": 64, "compared_with": 32, "relative_error": 1e-7}
     rows = stage.metrics(job_id)
     assert [(row.step, row.loss) for row in rows] == [(step, loss_at(step)) for step in range(1, 13)]
     assert [row.validation_loss for row in rows if row.step in (5, 10)] == [loss_at(5) + 0.1, loss_at(10) + 0.1]
@@ -38,11 +43,25 @@ def test_a_job_runs_to_its_end(stage: Stage) -> None:
     assert names(stage.folder(job_id)) == ["step-00000010", "step-00000012"]
     kinds = [kind for kind, _ in stage.events(job_id)]
     assert kinds == [
-        "queued", "planned", "started", "training", "evaluation", "checkpoint", "evaluation", "checkpoint",
+        "queued", "planned", "started", "training", "probed", "evaluation", "checkpoint", "evaluation", "checkpoint",
         "checkpoint", "succeeded",
     ]  # fmt: skip
     assert job.output_model_id is not None
     assert stage.events(job_id, "succeeded")[0][1]["step"] == 12
+
+
+def test_a_finished_job_teaches_the_planner(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 0.02 s where the plan says 0.1; and a lesson that goes wrong fails no job."""
+    with transaction(stage.bind) as session:
+        calibrations.store(session, "cpu", "w", {"device": "cpu", "source": "none"})
+    job = stage.run(stage.create_job())
+    with transaction(stage.bind) as session:
+        data = calibrations.for_job(session, job.model_config, job.train)
+    assert data is not None
+    assert data["time_factor"] == pytest.approx(0.2)
+
+    monkeypatch.setattr(calibrations, "learn", lambda session, _: session.execute(text("SELECT broken")))
+    assert stage.run(stage.create_job()).status == "succeeded"
 
 
 def test_the_trainer_gets_the_allocator_and_no_secrets(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,6 +164,15 @@ def test_a_job_runs_to_its_end_resumes_bit_for_bit_and_is_a_start_for_others(sta
     assert tuned.losses[0] < whole.losses[0] - 0.05
 
 
+def test_a_check_that_fails_fails_no_job(start: Start) -> None:
+    """All is trained and saved, and said to be: the certificate does without."""
+    trainer = start(replace(TRAIN, steps=1, evaluate_every=1), replace(PLAN, check_chunk_length=-1))
+    assert trainer.finish() == 0
+    assert trainer.of(Done) == [Done(1, "completed")]
+    assert trainer.of(GradientCheck) == []
+    assert "chunk_length: must be at least 1" in "".join(tail(trainer.log))
+
+
 def test_sigterm_ends_it_with_a_checkpoint(start: Start, tmp_path: Path) -> None:
     trainer = start(ENDLESS)
     trainer.until_step(2)

@@ -121,7 +121,6 @@ CALIBRATION = Calibration(
     runtime_bytes=200_000_000,
     flops_per_second=5e10,
     bfloat16_flops_per_second=2e10,
-    bytes_per_second=1e10,
     overhead_seconds=1e-4,
 )
 

@@ -186,7 +186,7 @@ def measured(model: ModelConfig, train: TrainConfig, chunking: Chunking, text: P
     """Peak of a run, and the prediction."""
 
     def planned(runtime_bytes: int) -> Any:
-        calibration = Calibration("this process", "cpu", 1, runtime_bytes, 1e10, 1e10, 1e10, 1e-4)
+        calibration = Calibration("this process", "cpu", 1, runtime_bytes, 1e10, 1e10, 1e-4)
         return plan_job(Workload(model, train), NO_CAP, calibration, chunking)
 
     result = child(TRAIN, train=train.to_json(), model=model.to_json(), plan=planned(0).to_json(), text=str(text))
@@ -256,6 +256,7 @@ OPTIONS: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
         WIDE,
         {"lora": LoraConfig(rank=16, targets=("query", "key_value", "output", "mlp_in", "mlp_out"))},
     ),
+    "lora-vocabulary": (replace(WIDE, vocab_size=32_000), {"lora": LORA}),
     "bfloat16": (WIDE, {"precision": "bfloat16"}),
     "dropout": (WIDE, {"dropout": 0.1, "label_smoothing": 0.1}),
     "swiglu-rotary": (replace(WIDE, activation="swiglu", positions="rotary"), {}),
