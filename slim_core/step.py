@@ -114,6 +114,7 @@ def slim_step(
 
     loss = 0.0
     entry = Entry(states, states_are_exit=False)
+    del states  # here and below: a set of states that nothing reads any more would lie beside the next chunk's
     exit_grads: list[Tensor | None] | None = None
     for span in reversed(spans):
         if exit_grads is not None:
@@ -134,10 +135,12 @@ def slim_step(
                 chunk.hidden, targets[:, span].long(), scale=weight / normaliser, label_smoothing=label_smoothing
             )
         store.visited(chunk)
+        entry_states, exit_states = chunk.entry_states, chunk.exit_states
+        del chunk, entry  # what the head has read is not needed for its gradient, which exists already
         loss += chunk_loss.item() / weight
-        _backward(chunk_loss, chunk.exit_states, exit_grads)
-        if span.start > 0:
-            exit_grads = [state.grad for state in chunk.entry_states]
+        _backward(chunk_loss, exit_states, exit_grads)
+        exit_grads = [state.grad for state in entry_states]
+        del chunk_loss, entry_states, exit_states
     return loss
 
 

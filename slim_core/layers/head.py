@@ -67,6 +67,7 @@ class _HeadLoss(torch.autograd.Function):
                 add_weight_gradient(weight, grad_logits, block)
             elif grad_weight is not None:
                 grad_weight += grad_logits.T @ block
+            del grad_logits  # before the next block has logits of its own
         ctx.save_for_backward(grad_hidden, grad_weight)
         return (total * scale).to(torch.promote_types(hidden.dtype, torch.float32))
 

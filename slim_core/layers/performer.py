@@ -160,7 +160,8 @@ class _BlockwiseAttention(torch.autograd.Function):
         q, k, v = (_wide(x) for x in narrow)
         length = grad_out.shape[2]
         parts = None if starts is None else segments(starts, q.shape[3], q.dtype)
-        grad_numerator = _blocks(grad_out) / normaliser
+        # A copy in the order of the blocks, once: each product below would make its own.
+        grad_numerator = _blocks(grad_out).contiguous() / normaliser
         grad_denominator = (grad_numerator * out).sum(4, keepdim=True).neg_()
 
         grad_scores = _masked((grad_numerator @ v.mT).add_(grad_denominator), parts)
@@ -190,7 +191,9 @@ class _BlockwiseAttention(torch.autograd.Function):
             _add_product(grad_k, v, grad_kv.mT).add_(grad_k_sum.mT)
         else:
             grad_k += parts.reaches_exit * (v @ grad_kv.mT + grad_k_sum.mT)
-        grad_v = _add_product(reaching @ grad_kv, _masked(q @ k.mT, parts).mT, grad_numerator)
+        grad_v = reaching @ grad_kv
+        del grad_kv, reaching
+        _add_product(grad_v, _masked(q @ k.mT, parts).mT, grad_numerator)
 
         def positions(x: Tensor) -> Tensor:
             return x.flatten(2, 3)[:, :, :length].to(out.dtype)
