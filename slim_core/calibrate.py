@@ -20,6 +20,7 @@ from slim_core.optim import make_optimizer
 from slim_core.planning import Calibration
 from slim_core.planning.time_model import step_flops
 from slim_core.step import slim_step
+from slim_core.tensor_heap import tensor_heap
 
 _WARM_UP_MODEL = ModelConfig(num_layers=1, model_width=64, num_heads=1, mlp_width=128)
 _RATE_MODEL = ModelConfig(num_layers=2, model_width=256, num_heads=4, mlp_width=1024)
@@ -32,8 +33,11 @@ _REPETITIONS = 7
 
 
 def warm_up(device: torch.device) -> None:
-    """A training step of a minimal model: every library has made its first-use buffers when it returns."""
+    """A training step of a minimal model: every library has made its first-use buffers when it returns, and the heap of
+    tensors has given back what is idle."""
     _train_steps(_WARM_UP_MODEL, device, sequence_length=128, chunk_length=64, repetitions=1)
+    if (heap := tensor_heap()) is not None:
+        heap.give_back()
 
 
 def calibrate(threads: int) -> Calibration:

@@ -14,6 +14,8 @@ from typing import Protocol
 
 import torch
 
+from slim_core.tensor_heap import tensor_heap
+
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _REFUSED = re.compile(
@@ -27,6 +29,14 @@ READING_EXCESS_BYTES = 8 << 20
 """A CPU reading may exceed the truth by this much, in a step that maps pages of a library for the first time."""
 
 
+_RESERVE_BYTES = 2 << 20
+"""Of the planned peak, for what grows outside the heap of tensors between two readings."""
+
+
+_UNCOUNTED_BYTES = 256 << 10
+"""Private memory that RLIMIT_DATA does not count: the stack, pages of libraries that were written to."""
+
+
 class MemoryMeter(Protocol):
     """Peak memory of this process on its device, from the meter's creation on."""
 
@@ -35,6 +45,9 @@ class MemoryMeter(Protocol):
 
     def enforce_cap(self, cap_bytes: int) -> None:
         """From now on allocations that would exceed the cap fail. Call after the warm-up."""
+
+    def keep_within(self, planned_bytes: int) -> None:
+        """Memory that is not in use is given back rather than that the process grows beyond the planned peak."""
 
 
 class CpuMeter:
@@ -48,6 +61,7 @@ class CpuMeter:
     def __init__(self) -> None:
         self._peak_bytes = 0
         self._file_bytes = 0
+        self._planned_bytes: int | None = None
         self._restart(_status())
 
     def _restart(self, status: dict[str, int]) -> None:
@@ -59,6 +73,7 @@ class CpuMeter:
         file_bytes = min(self._file_bytes, _shared_bytes(status))
         self._peak_bytes = max(self._peak_bytes, status["VmHWM"] - file_bytes, status["RssAnon"])
         self._restart(status)
+        self._limit_heap(status)
         return self._peak_bytes
 
     def enforce_cap(self, cap_bytes: int) -> None:
@@ -66,8 +81,19 @@ class CpuMeter:
         reserved and untouched now is granted on top of the cap.
         """
         status = _status()
-        limit = cap_bytes + status["VmData"] - status["RssAnon"]
+        limit = cap_bytes + status["VmData"] - status["RssAnon"] - _UNCOUNTED_BYTES
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+    def keep_within(self, planned_bytes: int) -> None:
+        self._planned_bytes = planned_bytes
+        self._limit_heap(_status())
+
+    def _limit_heap(self, status: dict[str, int]) -> None:
+        """What the heap of tensors may map: the plan less what else the process holds, which only grows."""
+        heap = tensor_heap()
+        if heap is not None and self._planned_bytes is not None:
+            beside_bytes = status["RssAnon"] - heap.read().mapped
+            heap.set_limit(self._planned_bytes - beside_bytes - _RESERVE_BYTES)
 
 
 class CudaMeter:
@@ -88,6 +114,9 @@ class CudaMeter:
         total = torch.cuda.get_device_properties(self._device).total_memory
         fraction = (cap_bytes - self._context_bytes) / total
         torch.cuda.set_per_process_memory_fraction(min(max(fraction, 0.0), 1.0), self._device)
+
+    def keep_within(self, planned_bytes: int) -> None:
+        """Nothing: torch's allocator gives its idle blocks back by itself when it reaches the cap."""
 
 
 def pick_device() -> torch.device:

@@ -136,6 +136,7 @@ class TrainingRun:
         if config.compile:
             compile_blocks(model)
         self._optimizer = make_optimizer(model, config.optimizer)
+        meter.keep_within(plan.predicted_peak_bytes)
         self._progress = _Progress()
         self._saved_step: int | None = None
         self._saved_at = time.monotonic()

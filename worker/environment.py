@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+from slim_core.tensor_heap import THRESHOLD_BYTES, library_path
+
 ALLOWED = (
     "PATH",
     "LANG",
@@ -21,15 +23,19 @@ ALLOWED = (
 
 
 def allocator_environment() -> dict[str, str]:
-    """glibc settings of the trainer, which the memory model assumes (`slim_core.planning.memory_model`).
+    """The allocator of the trainer, which the memory model assumes (`slim_core.planning.memory_model`).
 
-    One arena; blocks from 4 MiB on mapped and unmapped one by one, so that they leave no holes; what is smaller stays
-    in a heap that is never given back. Smaller mapping thresholds need less memory and take up to twice the time, all
-    of it in page faults: a shorter chunk buys the same memory for less (docs/decisions/0003-allocator.md).
+    Large tensors are blocks of a heap of their own (`slim_core.tensor_heap`). What else is large is mapped by glibc,
+    and so are the tensors where that library was not built; what is small lies in one arena that is never given back
+    (docs/decisions/0008-the-tensor-heap.md).
     """
+    library = library_path()
+    # With the heap MKL's own cache of buffers, which keeps every size it ever needed, is not needed.
+    heap = {} if library is None else {"LD_PRELOAD": str(library), "MKL_DISABLE_FAST_MM": "1"}
     return {
+        **heap,
         "MALLOC_ARENA_MAX": "1",
-        "MALLOC_MMAP_THRESHOLD_": str(4 << 20),
+        "MALLOC_MMAP_THRESHOLD_": str(THRESHOLD_BYTES),
         "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
     }
 

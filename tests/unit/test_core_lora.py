@@ -230,6 +230,9 @@ class _NoMeter:
     def enforce_cap(self, cap_bytes: int) -> None:
         raise NotImplementedError
 
+    def keep_within(self, planned_bytes: int) -> None:
+        """Nothing is idle here."""
+
 
 def _run(folder: Path, model: LanguageModel, config: TrainConfig, resume: str | None = None) -> list[float]:
     data = text_windows(folder / "data", config.sequence_length)
