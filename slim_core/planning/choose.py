@@ -257,7 +257,7 @@ def _longest_sequence(workload: Workload, cap: int, calibration: Calibration, ch
         endless = _with_length(workload, LONGEST_SEQUENCE)
         own = min(
             (length for length in lengths if length >= SHORTEST_CHUNK),
-            key=lambda length: predict_peak(endless, Schedule(length, policy, 1), calibration).total,
+            key=lambda length: (predict_peak(endless, Schedule(length, policy, 1), calibration).total, length),
         )
     else:
         policy, own = chunking.state_policy, chunking.chunk_length

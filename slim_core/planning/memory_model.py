@@ -1,8 +1,8 @@
 """How much memory a plan needs: one named term per place that holds it, derived from what the code saves for backward.
 
 Whoever changes a layer in `slim_core.layers` or `slim_core.model` changes its term here. Terms count bytes per
-position of a chunk (micro-batch b, chunk length C: b * C positions). What the process holds beyond its live tensors
-is the heap's waste, for the allocator settings that the trainer is started with (`worker.environment`, docs/decisions).
+position of a chunk (micro-batch b, chunk length C: b * C positions). There is no term for holes: the trainer's heap of
+tensors has none, and what it keeps idle it gives up at the planned peak (`slim_core.tensor_heap`, docs/decisions).
 
 Symbols: S layers, D model width, H heads, K head width, M features per head, F MLP width, V vocabulary, L = 64 block.
 """
@@ -25,16 +25,17 @@ BLOCK = 64
 _MIB = 2**20
 _HEAD_BLOCK_BYTES = 2 * _MIB
 _HEAD_BLOCK_ROWS = 128
-_MAPPING_THRESHOLD = 4 * _MIB
-"""Tensors from this size on are mapped one by one and waste nothing (`worker.environment`)."""
-_HEAP_WASTE = 0.95
-"""Holes in the heap, as a share of the live bytes of chunk-sized tensors below the threshold. Fitted to 24 random
-models; of 40 others, drawn after the fit, 36 measured 0.90 to 1.00 of the prediction and two more, by up to 1.1 %."""
-_SAFETY_FRACTION = 0.06
-"""Of everything but the runtime and the waste: weight-sized buffers of the libraries, mapped tensors' page rounding."""
-_SAFETY_BYTES = 20 * _MIB
-"""First-use buffers of the libraries that a larger model than the warm-up's touches, and what hundreds of steps add to
-the holes that a few leave: the demonstration's job grew by 8 MiB between its 6th and its 80th step."""
+_PANEL_INNER, _PANEL_ROWS, _PANEL_COLUMNS, _PANEL_REST = 192, 800, 6450, 8192
+"""Numbers in the packed panels of a matrix product."""
+_KERNEL_BYTES = 6 * 256 * 1024
+"""Of a product, with those for its two gradients."""
+_KERNEL_BASE_BYTES = 3 * _MIB
+_SAVING_BYTES = 4 * _MIB
+"""While a checkpoint is written: what is read to be hashed, rows of adapters that are merged."""
+_SAFETY_BYTES = 5 * _MIB
+"""Small tensors in the holes of glibc's heap, and first-use buffers of the libraries."""
+_SAFETY_FRACTION = 0.02
+"""Of what a step holds for a while: page rounding, temporaries that no term names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +48,8 @@ class Schedule:
 
 
 def predict_peak(workload: Workload, schedule: Schedule, calibration: Calibration) -> MemoryBreakdown:
-    """Bytes of the trainer process at its peak: during backward of the widest chunk, in its last layer or its head, or
-    during the update of its largest matrix."""
+    """Bytes of the trainer process at its peak: the largest of what the head and the last layer's MLP and attention
+    hold while a chunk's graph is whole, the update of the largest matrix, and the writing of a checkpoint."""
     model, train = workload.model, workload.train
     if model.attention != "performer":
         raise ValueError(f"attention: there is no memory model of {model.attention} attention yet")
@@ -56,35 +57,36 @@ def predict_peak(workload: Workload, schedule: Schedule, calibration: Calibratio
     num_chunks = math.ceil(train.sequence_length / chunk_length)
     batch = schedule.micro_batch_size
     positions = batch * chunk_length
+    block = min(BLOCK, chunk_length)
+    padded = batch * math.ceil(chunk_length / block) * block
 
-    saved = _tensors(saved_sites(model, train), positions)
-    # Logits and log-probabilities of a block of rows; the gradient takes their place.
-    logits = [(2, FLOAT * model.vocab_size * min(positions, head_block_rows(model.vocab_size)))]
-    backward = max((_tensors(sites, positions) for sites in backward_sites(model, train)), key=_bytes)
-    activations, at_head, in_layer = _bytes(saved), _bytes(logits), _bytes(backward)
-    waste = _heap_waste([*saved, *logits, *backward])  # the heap keeps the holes of both
+    saved = _bytes(saved_sites(model, train), positions) + _bytes(saved_in_blocks(model, train), padded)
+    rows = min(positions, head_block_rows(model.vocab_size))
+    logits = _head_bytes(model, train, rows, calibration.threads)
+    at_head = _bytes(head_sites(model, train), positions) + logits
+    in_attention = _bytes(attention_sites(model, train, block), padded) - _bytes(_saved_by_mlp(model, train), positions)
+    into_mlp, in_activation = (_bytes(sites, positions) for sites in mlp_sites(model, train))
+    into_mlp += product_bytes(positions, model.model_width, model.mlp_width, calibration.threads)
+    in_layer = max(in_attention, into_mlp, in_activation)
 
     frozen, trained = num_frozen(model, train), num_trained(model, train)
     parameters = FLOAT * (frozen + trained + _projection_size(model))
     gradients = FLOAT * trained
     optimizer = optimizer_bytes(model, train)
     states = state_bytes(model, schedule.state_policy, num_chunks, batch)
-    in_backward = activations + at_head + max(0, in_layer - at_head) + _cast_bytes(model, train)
-    # The heap keeps what lay in it; larger tensors are gone when the weights are updated.
-    in_update = _heap_bytes([*saved, *logits, *backward]) + _update_bytes(model, train)
-    workspace = max(in_backward, in_update) - activations - at_head
-    workspace += _token_bytes(train.sequence_length, batch)
-    live = parameters + gradients + optimizer + states + activations + at_head + workspace
+    in_backward = saved + max(at_head, in_layer) + _cast_bytes(model, train)
+    workspace = max(in_backward, max(_update_bytes(model, train), _SAVING_BYTES) - states) - saved - logits
+    workspace += _token_bytes(train.sequence_length, batch) + _kernel_bytes(model, train)
     return MemoryBreakdown(
         runtime=calibration.runtime_bytes,
         parameters=parameters,
         gradients=gradients,
         optimizer=optimizer,
         states=states,
-        activations=activations,
-        logits=at_head,
+        activations=saved,
+        logits=logits,
         workspace=workspace,
-        safety=int(waste + _SAFETY_FRACTION * live) + _SAFETY_BYTES,
+        safety=_SAFETY_BYTES + int(_SAFETY_FRACTION * (states + saved + logits + workspace)),
     )
 
 
@@ -172,39 +174,110 @@ def _cast_bytes(model: ModelConfig, train: TrainConfig) -> int:
 Site = tuple[int, int]
 """Tensors of one width: how many, and bytes per position of each."""
 
+_OF_ATTENTION = ("query", "key_value", "output")
+_OF_MLP = ("mlp_in", "mlp_out")
+
 
 def saved_sites(model: ModelConfig, train: TrainConfig) -> list[Site]:
-    """What the graph of one chunk holds between forward and backward. The input of a matrix product is saved for the
-    gradient of its weights, where they are trained."""
-    number = _number_bytes(train)
-    d, h = model.model_width, model.num_heads
-    features = h * model.features_per_head
-    layer = [
-        (2 + _is_trained(train, "query", "key_value") + _is_trained(train, "mlp_in"), d * number),
-        # ^ inputs of two norms, of attention and of the MLP
-        (4, FLOAT),  # mean and scale of two norms
-        (2, features * number),  # g(q), g(k)
-        (2, d * number),  # v, attention's output
-        (1, h * FLOAT),  # its normaliser
-        *_saved_by_mlp(model, train),
-        *_saved_by_feature_map(model, number),
-    ]
-    if model.output_projection and _is_trained(train, "output"):
-        layer.append((1, d * number))  # attention's output rearranged, input of the projection
-    if train.lora is not None:
-        layer.append((len(train.lora.targets), train.lora.rank * number))
-    # Input of the head and its gradient, which is made with the loss; input of the final norm.
-    ends = [(3, d * number), (2, FLOAT)] if model.norm == "pre" else [(2, d * number)]
-    if train.dropout:
-        layer.append((2, d))  # masks of one byte
-        if train.lora is None:
-            ends.append((1, d))
+    """What autograd saves of a chunk between forward and backward of the layers. The input of a matrix product is saved
+    for the gradient of its weights, where they are trained."""
+    d, number = model.model_width, _number_bytes(train)
+    attention, mlp = _saved_by_attention(model, train), _saved_by_mlp(model, train)
+    sites = [(count * model.num_layers, width) for count, width in (*attention, *mlp)]
+    if train.lora is not None:  # below the first adapter nothing has a gradient but the states
+        below = _saved_by_norm(model, train) if model.norm == "pre" else []
+        if not _is_trained(train, *_OF_ATTENTION):
+            below += _saved_by_feature_map(model, number)
+        sites += [(-count, width) for count, width in below]
+    sites.append((1, INT64))  # tokens
+    if train.dropout and train.lora is None:
+        sites.append((1, d))
     if model.positions == "rotary":
-        ends.append((1, model.head_width * number))  # cosines and sines, for all layers
-    if train.lora is not None and model.norm == "pre":
-        ends += [(-1, d * number), (-2, FLOAT)]  # nothing below the first layer's norm is trained
-    ends.append((2, INT64))  # tokens and targets
-    return [(count * model.num_layers, width) for count, width in layer] + ends
+        sites.append((1, model.head_width * number))  # cosines and sines, for all layers
+    return sites
+
+
+def saved_in_blocks(model: ModelConfig, train: TrainConfig) -> list[Site]:
+    """The same for what lies in blocks of positions, the last one of a chunk padded."""
+    number = _number_bytes(train)
+    layer = [
+        (2, model.num_heads * model.features_per_head * number),  # g(q), g(k)
+        (2, model.model_width * number),  # v and the output
+        (1, model.num_heads * FLOAT),  # the normaliser
+    ]
+    return [(count * model.num_layers, width) for count, width in layer]
+
+
+def _saved_by_norm(model: ModelConfig, train: TrainConfig) -> list[Site]:
+    """Input, mean and scale."""
+    return [(1, model.model_width * _number_bytes(train)), (2, FLOAT)]
+
+
+def _saved_by_attention(model: ModelConfig, train: TrainConfig) -> list[Site]:
+    """Of one layer, with the norm and the residual sum, but not in blocks."""
+    d, number = model.model_width, _number_bytes(train)
+    rearranged = model.output_projection and _is_trained(train, "output")
+    return [
+        *_saved_by_norm(model, train),
+        # Inputs of queries, keys and values, and of the projection.
+        (_is_trained(train, "query", "key_value") + rearranged, d * number),
+        *_saved_by_feature_map(model, number),
+        *_saved_by_adapters(train, _OF_ATTENTION),
+        *([(1, d)] if train.dropout else []),  # a mask of one byte
+    ]
+
+
+def _saved_by_mlp(model: ModelConfig, train: TrainConfig) -> list[Site]:
+    """Of one layer, with the norm and the residual sum."""
+    d, number = model.model_width, _number_bytes(train)
+    f = model.mlp_width * number
+    # Before and after the activation function; SwiGLU also saves the gate's, before its product with the other.
+    product = (int(_is_trained(train, "mlp_out")), f)
+    activation = [(1, f), product] if model.activation == "gelu" else [(1, 2 * f), (1, f), product]
+    return [
+        *_saved_by_norm(model, train),
+        (int(_is_trained(train, "mlp_in")), d * number),
+        *activation,
+        *_saved_by_adapters(train, _OF_MLP),
+        *([(1, d)] if train.dropout else []),
+    ]
+
+
+def _saved_by_adapters(train: TrainConfig, layers: tuple[str, ...]) -> list[Site]:
+    """What lies between their two matrices."""
+    if train.lora is None:
+        return []
+    return [(len(set(layers) & set(train.lora.targets)), train.lora.rank * _number_bytes(train))]
+
+
+def head_sites(model: ModelConfig, train: TrainConfig) -> list[Site]:
+    """What the head holds beside its logits: its input, and the gradient of it, which is made with the loss."""
+    number, d = _number_bytes(train), model.model_width
+    final_norm = [(1, d * number), (2, FLOAT)] if model.norm == "pre" else []
+    return [(2, d * number), (1, INT64), *final_norm]
+
+
+def _head_bytes(model: ModelConfig, train: TrainConfig, rows: int, threads: int) -> int:
+    """Of a block of rows: logits with the buffers of their product, or with their log-probabilities."""
+    buffers = product_bytes(rows, model.model_width, model.vocab_size, threads)
+    return _number_bytes(train) * rows * model.vocab_size + max(buffers, FLOAT * rows * model.vocab_size)
+
+
+def product_bytes(rows: int, inner: int, columns: int, threads: int) -> int:
+    """What MKL holds during a matrix product, (rows, inner) by (inner, columns): panels of both operands, packed by
+    each thread. Its limits were read off a processor with AVX-512; others pack less."""
+    panel = min(inner, _PANEL_INNER) * (min(rows, _PANEL_ROWS) + min(columns, _PANEL_COLUMNS))
+    return threads * FLOAT * (panel + _PANEL_REST)
+
+
+def _kernel_bytes(model: ModelConfig, train: TrainConfig) -> int:
+    """In bfloat16: oneDNN makes code for every shape of a product and keeps it."""
+    if train.precision == "float32":
+        return 0
+    shapes = {*layer_matrices(model).values(), (model.vocab_size, model.model_width)}
+    if train.lora is not None:
+        shapes |= set(_trained_matrices(model, train))
+    return _KERNEL_BASE_BYTES + 2 * _KERNEL_BYTES * len(shapes)  # the last chunk may have a length of its own
 
 
 def _number_bytes(train: TrainConfig) -> int:
@@ -217,13 +290,6 @@ def _is_trained(train: TrainConfig, *layers: str) -> bool:
     return train.lora is None or any(name in train.lora.targets for name in layers)
 
 
-def _saved_by_mlp(model: ModelConfig, train: TrainConfig) -> list[Site]:
-    """Before and after the activation function; SwiGLU also saves the gate's, before its product with the other."""
-    f = model.mlp_width * _number_bytes(train)
-    product = 1 if _is_trained(train, "mlp_out") else 0
-    return [(1 + product, f)] if model.activation == "gelu" else [(1, 2 * f), (1 + product, f)]
-
-
 def _saved_by_feature_map(model: ModelConfig, number: int) -> list[Site]:
     """For queries and for keys."""
     match model.feature_map:
@@ -233,66 +299,56 @@ def _saved_by_feature_map(model: ModelConfig, number: int) -> list[Site]:
             return [(2, model.model_width * FLOAT), (2, model.num_heads * (model.features_per_head + 1) * FLOAT)]
 
 
-def backward_sites(model: ModelConfig, train: TrainConfig) -> tuple[list[Site], list[Site]]:
-    """What backward holds beside the saved tensors in the last layer, at the MLP and at attention."""
+def mlp_sites(model: ModelConfig, train: TrainConfig) -> tuple[list[Site], list[Site]]:
+    """What backward holds beside the saved tensors in the last layer's MLP: before its activation function, and in
+    it."""
     number = _number_bytes(train)
-    d, h, f, m = model.model_width, model.num_heads, model.mlp_width, model.features_per_head
-    swiglu = model.activation == "swiglu"
-    # Gradients: residual stream; MLP's inner layers, when one saved copy is gone.
-    mlp = [(2, d * number), (3 if swiglu else 1 if train.lora is None else 2, f * number)]
-    block_states = h * m * model.head_width // BLOCK
-    freed = (3 if swiglu else 1) + _is_trained(train, "mlp_out")
-    attention = [
+    f = model.mlp_width * number
+    # The gradient of the residual stream, and that of the branch where it is another tensor.
+    streams = (2 if train.dropout or model.norm == "branch" else 1, model.model_width * number)
+    product = int(_is_trained(train, "mlp_out"))  # saved, and gone when the activation function has its turn
+    with_adapter = train.lora is not None and product  # the gradient through the adapter and the one past it
+    return (
+        [streams, (2 if with_adapter else 1, f)],
+        [streams, ((3 if model.activation == "swiglu" else 2) - product, f)],
+    )
+
+
+def attention_sites(model: ModelConfig, train: TrainConfig, block: int) -> list[Site]:
+    """What backward holds in the last layer's attention, beside what is saved but for the MLP's."""
+    number = _number_bytes(train)
+    d, h, m = model.model_width, model.num_heads, model.features_per_head
+    block_states = h * m * model.head_width // block
+    sites = [
         (2, d * number),  # gradients of the residual stream and of attention's output
-        (2, d * FLOAT),  # of the numerator and of v
+        (1, d * FLOAT),  # of the numerator
         (1, h * FLOAT),  # of the normaliser
         (2, h * m * FLOAT),  # of g(q) and g(k)
-        (2, h * m * number),  # two products on their way through the feature map
-        (3, max(h * BLOCK, block_states) * FLOAT),  # scores of the blocks; states of the blocks and their gradients
-        (-freed, f * number),  # the MLP's saved tensors are gone when attention's turn comes
-        (-1, d * number),
+        # States of the blocks, before them and what they add; or the gradient of v and the blocks' scores.
+        (1, max(2 * block_states, d + h * block) * FLOAT),
     ]
     if number != FLOAT:
-        attention += [(2, h * m * FLOAT), (1, d * FLOAT)]  # g(q), g(k) and v once more, in float32
-    return mlp, attention
+        sites += [(2, h * m * FLOAT), (1, d * FLOAT)]  # g(q), g(k) and v once more, in float32
+    return sites
 
 
-def _tensors(sites: list[Site], positions: int) -> list[tuple[int, int]]:
-    """How many tensors, and bytes of each."""
-    return [(count, positions * width) for count, width in sites]
-
-
-def _bytes(tensors: list[tuple[int, int]]) -> int:
-    return sum(count * size for count, size in tensors)
-
-
-def _heap_bytes(tensors: list[tuple[int, int]]) -> int:
-    """Of those below the mapping threshold."""
-    return max(0, _bytes([(count, size) for count, size in tensors if size < _MAPPING_THRESHOLD]))
-
-
-def _heap_waste(tensors: list[tuple[int, int]]) -> float:
-    """Bytes of holes in the heap, at most.
-
-    Tensors below the mapping threshold leave holes as they come and go. Into a hole that is large enough malloc puts a
-    tensor that it would map otherwise, and at another time maps it beside the hole: of two such tensors at most.
-    """
-    mapped = [size for _, size in tensors if size >= _MAPPING_THRESHOLD]
-    heap_bytes = _heap_bytes(tensors)
-    return _HEAP_WASTE * heap_bytes + min(heap_bytes, 2 * max(mapped, default=0))
+def _bytes(sites: list[Site], positions: int) -> int:
+    return positions * sum(count * width for count, width in sites)
 
 
 def state_bytes(model: ModelConfig, policy: StatePolicy, num_chunks: int, batch: int) -> int:
-    """Attention states between chunks: entry and exit with their gradients, and what the policy keeps."""
-    state = model.num_layers * batch * model.state_size
-    between = 5 * DOUBLE * state
+    """Attention states between chunks: those at a chunk's entry and exit and the gradients at its exit, of one layer
+    also the gradient at its entry and one on the way; and what the policy keeps."""
+    layer = batch * model.state_size
+    state = model.num_layers * layer
     if num_chunks == 1:
-        return between
+        return DOUBLE * (2 * state + layer)
+    between = DOUBLE * (3 * state + 2 * layer)
     match policy:
         case "keep":
             kept = FLOAT * (num_chunks - 1)
         case "reverse":
-            kept = 0
+            kept = DOUBLE  # the initial ones
         case "stride":
             stride = default_stride(num_chunks)
             kept = FLOAT * math.ceil(num_chunks / stride) + DOUBLE * stride

@@ -29,7 +29,8 @@ from slim_core.model import LanguageModel
 from slim_core.optim import optimizer_tensors, set_step
 from slim_core.weights.lora import adapters
 
-_BLOCK_BYTES = 1 << 22
+_BLOCK_BYTES = 1 << 20
+"""Read at a time to hash a file; two of these exist at once."""
 _MODE = 0o644
 """Whatever the umask is: another process serves the files."""
 

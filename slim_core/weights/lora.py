@@ -19,8 +19,8 @@ from slim_core.config import LoraConfig
 from slim_core.layers.linear import Linear, linear
 from slim_core.model import LanguageModel
 
-_BLOCK_NUMBERS = 1 << 18
-"""Weights that are merged at a time: 2 MiB in float64, so that a checkpoint under a tight cap needs no more."""
+_BLOCK_NUMBERS = 1 << 16
+"""Weights that are merged at a time: 512 KiB in float64, so that a checkpoint under a tight cap needs little more."""
 
 
 class LoraLinear(Linear):
