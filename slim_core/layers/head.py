@@ -56,7 +56,7 @@ class _HeadLoss(torch.autograd.Function):
         for first in range(0, hidden.shape[0], size):
             rows = slice(first, first + size)
             block = hidden[rows]
-            loss, grad_logits = _block_loss(block @ matrix.T, targets[rows], smoothing, wants_hidden or wants_weight)
+            loss, grad_logits = block_loss(block @ matrix.T, targets[rows], smoothing, wants_hidden or wants_weight)
             total += loss
             if grad_logits is None:
                 continue
@@ -78,9 +78,7 @@ class _HeadLoss(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None
 
 
-def _block_loss(
-    logits: Tensor, targets: Tensor, smoothing: float, wants_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
+def block_loss(logits: Tensor, targets: Tensor, smoothing: float, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Sum of the cross-entropies of (R, V) logits, and its gradient, which takes the logits' place."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     log_probabilities = logits.log_softmax(-1, dtype=dtype)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from slim_core.config import LoraConfig
+from slim_core.planning.costs import Overheads, Update, uniform_costs
 from slim_core.planning.memory_model import Schedule, check_adapters, predict_peak
 from slim_core.planning.plan import (
     Calibration,
@@ -52,9 +53,12 @@ def default_calibration() -> Calibration:
         device="cpu",
         threads=1,
         runtime_bytes=320 * _MIB,
-        flops_per_second=2e10,
-        bfloat16_flops_per_second=5e9,
-        overhead_seconds=2e-3,
+        float32=uniform_costs(flops_per_second=2e10, numbers_per_second=3e8, call_seconds=1e-5),
+        bfloat16=uniform_costs(flops_per_second=5e9, numbers_per_second=3e8, call_seconds=1e-5),
+        overheads=Overheads(layer_forward=3e-4, layer_backward=5e-4, chunk_forward=5e-4, chunk_backward=1e-3),
+        adamw=Update(per_step=1e-3, per_tensor=3e-5, per_number=1e-8),
+        adafactor=Update(per_step=1e-3, per_tensor=3e-4, per_number=2e-8),
+        sgd=Update(per_step=1e-3, per_tensor=3e-5, per_number=1e-8),
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from slim_core.config import ModelConfig, TrainConfig, _Json
+from slim_core.planning.costs import Costs, Overheads, Update
 
 StatePolicy = Literal["keep", "reverse", "stride"]
 
@@ -22,12 +23,13 @@ class Calibration(_Json):
     """Threads that the trainer computes with."""
     runtime_bytes: int
     """Private memory of a trainer that has imported everything and run a warm-up step on a minimal model."""
-    flops_per_second: float
-    """Of a training step in float32: its matrix products by all of its time."""
-    bfloat16_flops_per_second: float
+    float32: Costs
+    bfloat16: Costs
     """The same in bfloat16, which only some processors are faster at."""
-    overhead_seconds: float
-    """Time of one layer on one chunk that does not depend on the chunk's length, in all passes."""
+    overheads: Overheads
+    adamw: Update
+    adafactor: Update
+    sgd: Update
     time_factor: float = 1.0
     """By how much steps of this model took longer than the numbers above say, in jobs that have finished."""
 

@@ -1,21 +1,252 @@
-"""How long a plan takes: its work at the machine's rate, and an overhead for every layer of every chunk.
+"""How long a plan takes: the work of each kind in a step, times what that work costs on the machine.
 
-    step seconds = (flops / rate + N * S * overhead) * factor of finished jobs
+    step seconds = (N - 1) * pass 1 of a chunk + N * pass 2 of a chunk + update
 
-Good for ranking plans and for a first estimate; a running job knows better, from its own steps.
-Symbols: S layers, D model width, H heads, K head width, M features per head, F MLP width, V vocabulary, N chunks.
+Whoever changes a layer in `slim_core.layers` or `slim_core.model` changes its term here. A term says how often a layer
+or a chunk runs a primitive, forward and backward, and on how many numbers a row; what it costs was measured primitive
+by primitive (`slim_core.planning.costs`). All chunks count as equally long.
+
+Symbols: S layers, D model width, H heads, K head width, M features per head, F MLP width, V vocabulary, N chunks,
+R rows = micro-batch times positions of a chunk.
 """
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
+from typing import NamedTuple
 
-from slim_core.config import LoraConfig, ModelConfig
-from slim_core.planning.memory_model import BLOCK, Schedule, layer_matrices
+from slim_core.config import LoraConfig, ModelConfig, TrainConfig
+from slim_core.planning.costs import Costs, Curve, Passes, Update, at_rows, at_size, at_width
+from slim_core.planning.memory_model import (
+    BLOCK,
+    Schedule,
+    default_stride,
+    head_block_rows,
+    layer_matrices,
+    num_trained,
+)
 from slim_core.planning.plan import Calibration, Workload
 
 _BACKWARD = 2
 """Cost of backward in forwards: a product for each of its two operands."""
+_CONTRIBUTION = 0.3
+"""Share of attention's forward pass that adds to a state, or takes from it: a product of four, and some copies."""
+_NARROW_HEAD, _WIDE_HEAD = 32, 64
+"""Head widths for which attention is measured."""
+
+
+class _Site(NamedTuple):
+    """A primitive in a layer."""
+
+    primitive: str
+    """Its name in `Costs`."""
+    width: float
+    """Numbers per row."""
+    forward: float
+    """How often in a forward pass."""
+    backward: float
+    """How often in a backward pass, a mean over the layers: adapters leave some layers without one."""
+
+
+class _Product(NamedTuple):
+    """A product with the weights of a layer."""
+
+    width: float
+    """Geometric mean of inputs and outputs."""
+    backward: float
+    """Products for the gradient of the input."""
+    gradients: float
+    """Products for the gradient of the weights."""
+
+
+class _Gradient(NamedTuple):
+    """A sum of gradients in a layer's backward pass."""
+
+    primitive: str
+    width: float
+    times: float
+
+
+class _Layer(NamedTuple):
+    """What a schedule does not change."""
+
+    sites: tuple[_Site, ...]
+    gradients: tuple[_Gradient, ...]
+    products: tuple[_Product, ...]
+    attention_backward: float
+    """Share of layers whose attention has a backward pass."""
+
+
+class _Seconds(NamedTuple):
+    """Of one chunk."""
+
+    forward: float
+    backward: float
+
+
+def step_seconds(workload: Workload, schedule: Schedule, calibration: Calibration) -> float:
+    """Predicted seconds of one optimiser step."""
+    model, train = workload.model, workload.train
+    costs = calibration.float32 if train.precision == "float32" else calibration.bfloat16
+    overheads = calibration.overheads
+    num_chunks = math.ceil(train.sequence_length / schedule.chunk_length)
+    micro_batches = math.ceil(train.batch_size / schedule.micro_batch_size)
+    length = train.sequence_length / num_chunks
+    batch = train.batch_size / micro_batches
+    products = at_rows(costs.product, batch * length)
+
+    layer = _layer_of(model, train, num_chunks > 1)
+    attention, contribution = _attention_seconds(model, costs, batch, length)
+    forward, backward = _layer_seconds(layer, costs, products, batch * length)
+    forward += attention.forward + overheads.layer_forward
+    backward += layer.attention_backward * attention.backward + overheads.layer_backward
+    keys_and_values = at_width(products, math.sqrt(2) * model.model_width) + contribution + overheads.layer_forward / 2
+    mask = _mask_seconds(model, train, costs, batch, length)
+    forward += 2 * mask.forward
+    backward += 2 * mask.backward
+    ends = _ends_seconds(model, train, costs, batch, length)
+    ends_forward = ends.forward + mask.forward + overheads.chunk_forward
+
+    pass_1 = (model.num_layers - 1) * forward + keys_and_values + ends_forward
+    pass_2 = model.num_layers * (forward + backward) + ends_forward + ends.backward + overheads.chunk_backward
+    pass_2 += _head_seconds(model, train, costs, batch * length)
+    seconds = (num_chunks - 1) * pass_1 + num_chunks * pass_2
+    if schedule.state_policy == "reverse":
+        seconds += max(0, num_chunks - 2) * model.num_layers * contribution  # not the last chunk, nor the first
+    elif schedule.state_policy == "stride":
+        seconds += (num_chunks - 1) * (1 - 1 / default_stride(num_chunks)) * pass_1  # one of each k sets is kept
+    seconds = micro_batches * seconds * costs.in_step + _update_seconds(model, train, calibration)
+    return seconds * calibration.time_factor
+
+
+@lru_cache(maxsize=64)
+def _layer_of(model: ModelConfig, train: TrainConfig, chunked: bool) -> _Layer:
+    """Everything in a block but attention itself (`slim_core.model.Block`)."""
+    d = model.model_width
+    # With adapters nothing below the lowest trained layer has a gradient: in block 0 not the input of its attention,
+    # nor queries, keys and values without an adapter; attention itself then has one for its entry state only.
+    above = 1.0 if train.lora is None else (model.num_layers - 1) / model.num_layers
+    adapted = () if train.lora is None else train.lora.targets
+    at_heads = 1.0 if train.lora is None or {"query", "key_value"} & {*adapted} else above
+    at_attention = 1.0 if chunked else at_heads
+    sites = [
+        _Site("norm", d, 2, 1 + above),
+        _Site("heads", d, 2, 2 * at_heads),  # q, k, v, and attention's output: two copies each time
+        _Site(model.feature_map, model.num_heads * model.features_per_head, 2, 2 * at_heads),
+        _Site("add", d, 2, 0),
+        _Site("add", model.mlp_in_width + d, 1, 0),  # biases of the MLP, copied before the product adds to them
+        _Site(model.activation, model.mlp_width, 1, 1),
+    ]
+    if model.positions == "rotary":
+        sites.append(_Site("rotary", d, 2, 2 * at_heads))
+    # Of x twice, and of attention's input from queries, keys and values.
+    gradients = [_Gradient("add", d, 3 * above)]
+    if train.lora is None:
+        bias_width = model.mlp_in_width + d + (3 * d if model.attention_bias else 0)
+        gradients.append(_Gradient("column_sum", bias_width, 1))
+    products = []
+    for name, (outputs, inputs) in layer_matrices(model).items():
+        input_backward = above if name in ("query", "key_value") else at_attention if name == "output" else 1.0
+        products.append(_Product(math.sqrt(outputs * inputs), input_backward, float(train.lora is None)))
+        if train.lora is not None and name in adapted:
+            share = (train.lora.rank - 8) / (32 - 8)
+            width = (outputs + inputs) / 2
+            sites += [_Site("adapter_8", width, 1 - share, 1 - share), _Site("adapter_32", width, share, share)]
+    return _Layer(tuple(sites), tuple(gradients), tuple(products), at_attention)
+
+
+def _layer_seconds(layer: _Layer, costs: Costs, products: Curve, rows: float) -> _Seconds:
+    """One layer without its attention."""
+    forward = backward = 0.0
+    for primitive, width, forwards, backwards in layer.sites:
+        passes: Passes = getattr(costs, primitive, costs.favor)  # a map that was registered counts as FAVOR+
+        if forwards:
+            forward += forwards * at_size(passes.forward, width * rows)
+        if backwards:
+            backward += backwards * at_size(passes.backward, width * rows)
+    for primitive, width, times in layer.gradients:
+        sums: Passes = getattr(costs, primitive)
+        backward += times * at_size(sums.forward, width * rows)
+    gradients = at_rows(costs.weight_gradient, rows)
+    for width, backwards, weights in layer.products:
+        seconds = at_width(products, width)
+        forward += seconds
+        backward += backwards * seconds
+        if weights:
+            backward += at_width(gradients, width)
+    return _Seconds(forward, backward)
+
+
+def _attention_seconds(model: ModelConfig, costs: Costs, batch: float, length: float) -> tuple[_Seconds, float]:
+    """Attention itself (`slim_core.layers.performer`), and what a chunk adds to a state alone."""
+    head, features = model.head_width, model.features_per_head
+    narrow = head < math.sqrt(_NARROW_HEAD * _WIDE_HEAD)
+    curve, measured = (costs.attention_32, _NARROW_HEAD) if narrow else (costs.attention_64, _WIDE_HEAD)
+    # Products within a block, and of a block with its state, for each number of the output.
+    work = (BLOCK * (features + head) + 2 * features * head) / head
+    work /= (BLOCK * 2 * measured + 2 * measured**2) / measured
+    numbers = batch * length * model.model_width
+    state, blocks = batch * model.state_size, math.ceil(length / BLOCK)
+    products = work * at_size(curve.forward, numbers)
+    forward = products + state * costs.state.forward[0] + blocks * costs.block.forward[0]
+    backward = work * at_size(curve.backward, numbers)
+    backward += state * costs.state.backward[0] + blocks * costs.block.backward[0]
+    return _Seconds(forward, backward), _CONTRIBUTION * products + state * costs.state.forward[0]
+
+
+def _mask_seconds(model: ModelConfig, train: TrainConfig, costs: Costs, batch: float, length: float) -> _Seconds:
+    """One dropout. Whole blocks are drawn, one more where a chunk begins within a block."""
+    if not train.dropout:
+        return _Seconds(0.0, 0.0)
+    cut = 0 if length == train.sequence_length or length % BLOCK == 0 else 1
+    drawn = batch * BLOCK * (math.ceil(length / BLOCK) + cut) * model.model_width
+    applied = batch * length * model.model_width
+    return _Seconds(at_size(costs.dropout.forward, drawn), at_size(costs.dropout.backward, applied))
+
+
+def _ends_seconds(model: ModelConfig, train: TrainConfig, costs: Costs, batch: float, length: float) -> _Seconds:
+    """Embedding with positions, and final norm."""
+    d = model.model_width
+    numbers = batch * length * d
+    scaled = at_size(costs.add.forward, numbers)
+    forward = at_size(costs.embedding.forward, batch * length * model.embedding_width) + scaled
+    backward = scaled
+    positions = {"sinusoidal": d, "concatenated": d // 2, "rotary": model.head_width}.get(model.positions, 0)
+    if positions:
+        forward += at_size(costs.sinusoids.forward, length * positions) + scaled
+    if train.lora is None:
+        backward += at_size(costs.embedding.backward, batch * length * model.embedding_width)
+    if model.norm == "pre":
+        backward += at_size(costs.norm.forward, numbers) + at_size(costs.norm.backward, numbers)
+    return _Seconds(forward, backward)
+
+
+def _head_seconds(model: ModelConfig, train: TrainConfig, costs: Costs, rows: float) -> float:
+    """Logits, loss and all gradients of the head, a block of rows at a time (`slim_core.layers.head`)."""
+    size = min(rows, head_block_rows(model.vocab_size))
+    width = math.sqrt(model.model_width * model.vocab_size)
+    loss = costs.smoothed_loss if train.label_smoothing else costs.loss
+    seconds = 2 * at_width(at_rows(costs.product, size), width) + at_size(loss.forward, size * model.vocab_size)
+    if train.lora is None:
+        seconds += at_width(at_rows(costs.weight_gradient, size), width)
+    return rows / size * seconds
+
+
+def _update_seconds(model: ModelConfig, train: TrainConfig, calibration: Calibration) -> float:
+    """Clipping, the optimiser and zeroing of the gradient (`slim_core.train`)."""
+    update: Update = getattr(calibration, train.optimizer.name)
+    numbers = num_trained(model, train)
+    return update.per_step + update.per_tensor * _num_tensors(model, train) + update.per_number * numbers
+
+
+def _num_tensors(model: ModelConfig, train: TrainConfig) -> int:
+    """Parameters that are trained."""
+    if train.lora is not None:
+        return 2 * model.num_layers * len(train.lora.targets)
+    layer = len(layer_matrices(model)) + 6 + 2 * model.attention_bias  # two norms, biases of the MLP
+    ends = 1 + (not model.tied_embeddings) + (model.max_positions is not None) + 2 * (model.norm == "pre")
+    return model.num_layers * layer + ends
 
 
 def step_flops(model: ModelConfig, tokens: int, num_chunks: int, lora: LoraConfig | None = None) -> float:
@@ -24,23 +255,6 @@ def step_flops(model: ModelConfig, tokens: int, num_chunks: int, lora: LoraConfi
     states_only = (num_chunks - 1) / num_chunks * _states_flops(model)
     adapters = 0.0 if lora is None else (1 + _BACKWARD) * _adapter_flops(model, lora) - _weight_gradient_flops(model)
     return tokens * ((1 + _BACKWARD) * forward + states_only + adapters)
-
-
-def step_seconds(workload: Workload, schedule: Schedule, calibration: Calibration) -> float:
-    """Predicted seconds of one optimiser step."""
-    model, train = workload.model, workload.train
-    num_chunks = math.ceil(train.sequence_length / schedule.chunk_length)
-    micro_batches = math.ceil(train.batch_size / schedule.micro_batch_size)
-    tokens = train.batch_size * train.sequence_length
-    flops = step_flops(model, tokens, num_chunks, train.lora)
-    if schedule.state_policy == "reverse" and num_chunks > 1:
-        flops += tokens * model.num_layers * _contribution_flops(model)
-    elif schedule.state_policy == "stride" and num_chunks > 1:
-        flops += tokens * _states_flops(model)
-    is_narrow = train.precision == "bfloat16"
-    rate = calibration.bfloat16_flops_per_second if is_narrow else calibration.flops_per_second
-    overhead = micro_batches * num_chunks * model.num_layers * calibration.overhead_seconds
-    return (flops / rate + overhead) * calibration.time_factor
 
 
 def _contribution_flops(model: ModelConfig) -> float:

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from service import queue
-from slim_core.planning import Calibration
+from slim_core.planning import default_calibration
 from tests.integration.fake_trainer import loss_at
 from tests.integration.stage import ROOT, Stage, alive, open_stage, parent_of, wait_for
 from worker.calibrator import CalibrationError, calibrate, measure
@@ -114,15 +115,7 @@ def test_the_celery_process_is_free_of_torch(stage: Stage) -> None:
     assert subprocess.run([sys.executable, "-c", program], env=stage.environment, cwd=ROOT, check=False).returncode == 0
 
 
-CALIBRATION = Calibration(
-    source="measured by a test",
-    device="cpu",
-    threads=1,
-    runtime_bytes=200_000_000,
-    flops_per_second=5e10,
-    bfloat16_flops_per_second=2e10,
-    overhead_seconds=1e-4,
-)
+CALIBRATION = replace(default_calibration(), source="measured by a test", runtime_bytes=200_000_000)
 
 
 def test_a_calibration_is_measured_and_stored(stage: Stage) -> None:

@@ -18,7 +18,7 @@ from slim_core.layers.dropout import Dropout
 from slim_core.memory import is_out_of_memory
 from slim_core.model import LanguageModel
 from slim_core.optim import make_optimizer, optimizer_tensors
-from slim_core.planning import Calibration, Chunking, Workload, plan_job
+from slim_core.planning import Chunking, Workload, default_calibration, plan_job
 from slim_core.planning.memory_model import (
     DOUBLE,
     FLOAT,
@@ -188,7 +188,7 @@ def measured(model: ModelConfig, train: TrainConfig, chunking: Chunking, text: P
     """Peak of a run, and the prediction."""
 
     def planned(runtime_bytes: int) -> Any:
-        calibration = Calibration("this process", "cpu", 1, runtime_bytes, 1e10, 1e10, 1e-4)
+        calibration = replace(default_calibration(), runtime_bytes=runtime_bytes)
         return plan_job(Workload(model, train), NO_CAP, calibration, chunking)
 
     result = child(TRAIN, train=train.to_json(), model=model.to_json(), plan=planned(0).to_json(), text=str(text))

@@ -36,6 +36,7 @@ from slim_core.planning import (
     plan_job,
 )
 from slim_core.planning.choose import LONGEST_SEQUENCE
+from slim_core.planning.costs import Overheads, Update, uniform_costs
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
@@ -45,10 +46,14 @@ CALIBRATION = Calibration(
     device="cpu",
     threads=2,
     runtime_bytes=200 * MIB,
-    flops_per_second=8e10,
-    bfloat16_flops_per_second=4e10,
-    overhead_seconds=5e-4,
+    float32=uniform_costs(8e10, 1e9, 1e-5),
+    bfloat16=uniform_costs(4e10, 1e9, 1e-5),
+    overheads=Overheads(1e-4, 2e-4, 1e-4, 2e-4),
+    adamw=Update(1e-4, 1e-5, 1e-9),
+    adafactor=Update(1e-4, 1e-4, 3e-9),
+    sgd=Update(1e-4, 1e-5, 1e-9),
 )
+SLOW_CALLS = replace(CALIBRATION, overheads=Overheads(0.05, 0.05, 0.0, 0.0))
 PTB = Workload(BUILTIN_MODELS["performer-ptb"], TrainConfig(sequence_length=16_384, batch_size=4, steps=100))
 
 
@@ -329,10 +334,9 @@ def test_a_tight_cap_splits_the_batch_and_a_loose_one_does_not() -> None:
     own = Chunking(1024, "reverse")
     tight = plan_job(workload, smallest_cap(workload, chunking=own), CALIBRATION, own)
     assert (tight.micro_batch_size, tight.accumulation_steps) == (1, 8)
-    slow_calls = replace(CALIBRATION, overhead_seconds=0.1)
-    loose = plan_job(workload, NO_CAP, slow_calls, Chunking(16, "reverse"))
+    loose = plan_job(workload, NO_CAP, SLOW_CALLS, Chunking(16, "reverse"))
     assert (loose.micro_batch_size, loose.accumulation_steps) == (8, 1)
-    odd = plan_job(changed(PTB, batch_size=5), NO_CAP, slow_calls, Chunking(16, "reverse"))
+    odd = plan_job(changed(PTB, batch_size=5), NO_CAP, SLOW_CALLS, Chunking(16, "reverse"))
     assert (odd.micro_batch_size, odd.accumulation_steps) == (5, 1)
 
 
@@ -355,12 +359,13 @@ def test_calibration_moves_the_prediction() -> None:
     plan = plan_job(PTB, NO_CAP, CALIBRATION, Chunking(512))
     heavier = replace(CALIBRATION, runtime_bytes=CALIBRATION.runtime_bytes + MIB)
     assert plan_job(PTB, NO_CAP, heavier, Chunking(512)).predicted_peak_bytes == plan.predicted_peak_bytes + MIB
-    fast = replace(
+    faster = replace(
         CALIBRATION,
-        flops_per_second=2 * CALIBRATION.flops_per_second,
-        overhead_seconds=2.5e-4,
+        float32=uniform_costs(16e10, 2e9, 5e-6),
+        overheads=Overheads(5e-5, 1e-4, 5e-5, 1e-4),
+        adamw=Update(5e-5, 5e-6, 5e-10),
     )
-    half = plan_job(PTB, NO_CAP, fast, Chunking(512)).predicted_step_seconds
+    half = plan_job(PTB, NO_CAP, faster, Chunking(512)).predicted_step_seconds
     assert half == pytest.approx(plan.predicted_step_seconds / 2)
     cautious = plan_job(PTB, NO_CAP, default_calibration(), Chunking(512))
     assert cautious.calibration_source == "default"
@@ -369,16 +374,17 @@ def test_calibration_moves_the_prediction() -> None:
 
 def test_more_chunks_are_more_work() -> None:
     """Full 3 forwards, chunked 3 + (N - 1) / N of pass 1; many short ones pay their overhead."""
-    free = replace(CALIBRATION, overhead_seconds=0.0)
+    free = replace(CALIBRATION, overheads=Overheads(0.0, 0.0, 0.0, 0.0))
     seconds = [
         plan_job(PTB, NO_CAP, free, Chunking(length, "keep")).predicted_step_seconds for length in (16_384, 4_096, 256)
     ]
     assert seconds == sorted(seconds)
     assert 1.15 < seconds[2] / seconds[0] < 1.34
-    one = plan_job(PTB, NO_CAP, CALIBRATION, Chunking(16, "keep"))
+    one = plan_job(PTB, NO_CAP, SLOW_CALLS, Chunking(16, "keep"))
     other = plan_job(PTB, NO_CAP, free, Chunking(16, "keep"))
-    calls = one.num_chunks * one.accumulation_steps * 3
-    assert one.predicted_step_seconds - other.predicted_step_seconds == pytest.approx(calls * 5e-4)
+    layers = 3
+    calls = one.accumulation_steps * ((one.num_chunks - 1) * (layers - 1 / 2) + one.num_chunks * layers * 2)
+    assert one.predicted_step_seconds - other.predicted_step_seconds == pytest.approx(calls * 0.05)
 
 
 def test_plans_and_their_like_survive_json() -> None:

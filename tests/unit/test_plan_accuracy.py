@@ -19,7 +19,7 @@ SEED, COUNT = 7, 5
 @pytest.mark.slow
 def test_no_job_exceeds_its_plan(tmp_path: Path) -> None:
     # One thread: the tests run side by side, and times are not looked at.
-    calibration = replace(default_calibration(), flops_per_second=5e10, threads=1)
+    calibration = replace(default_calibration(), threads=1)
     data = token_file(write_text(tmp_path))
     for workload, cap in islice(plan_accuracy.specifications(SEED, calibration), COUNT):
         record = plan_accuracy.measured(workload, cap, calibration, data)
