@@ -24,6 +24,7 @@ from benchmarks.page import Target, at_least, at_most, fill, table, targets_tabl
 from slim_core.config import FEATURE_MAPS, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
 from slim_core.data.dataset import token_file
 from slim_core.planning import Calibration, Workload, plan_job
+from slim_core.planning.costs import PRODUCT_ROWS, PRODUCT_WIDTHS
 from worker.calibrator import measure
 
 STEPS = 2
@@ -162,14 +163,13 @@ def targets(records: list[Record]) -> list[Target]:
 def _summary(record: Record) -> str:
     where = record["machine"]
     processor = f"{where['cpu']}, {where['threads']} threads, {where['memory_gib']} GiB, torch {where['torch']}"
-    calibration = record["calibration"]
-    rates = (
-        f"{calibration['flops_per_second'] / 1e9:.0f} GFLOP/s, bfloat16 "
-        f"{calibration['bfloat16_flops_per_second'] / 1e9:.0f}, "
-        f"{1e6 * calibration['overhead_seconds']:.0f} µs a layer and chunk"
-    )
     count = len(record["specifications"])
-    conditions = f"{count} specifications of seed {record['seed']} on {processor}. Calibration: {rates}."
+    operations = 2.0 * PRODUCT_ROWS[2] * PRODUCT_WIDTHS[3] ** 2
+    rates = ", ".join(
+        f"{name} {operations / record['calibration'][name]['product'][2][3] / 1e9:.0f} GFLOP/s"
+        for name in ("float32", "bfloat16")
+    )
+    conditions = f"{count} specifications of seed {record['seed']} on {processor}. Large products: {rates}."
     return f"{conditions}\n\n![Measured against predicted peak memory and step time](figures/plan_accuracy.png)"
 
 
