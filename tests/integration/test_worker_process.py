@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from service import queue
-from slim_core.planning import default_calibration
+from slim_core.planning import Calibration, default_calibration
 from tests.integration.fake_trainer import loss_at
 from tests.integration.stage import ROOT, Stage, alive, open_stage, parent_of, wait_for
 from worker.calibrator import CalibrationError, calibrate, measure
@@ -121,7 +121,9 @@ CALIBRATION = replace(default_calibration(), source="measured by a test", runtim
 def test_a_calibration_is_measured_and_stored(stage: Stage) -> None:
     program = f"import json; print('noise'); print(json.dumps({CALIBRATION.to_json()!r}))"
     assert calibrate(stage.bind, stage.settings, "w", [sys.executable, "-c", program]) == CALIBRATION
-    assert stage.calibration() == CALIBRATION.to_json()
+    stored = stage.calibration()
+    assert stored is not None
+    assert Calibration.from_json(stored) == CALIBRATION
 
 
 def test_a_calibration_that_fails_is_no_obstacle(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
