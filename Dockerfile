@@ -26,5 +26,5 @@ RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))
  && pip install --quiet -r /tmp/requirements.txt -c requirements.lock \
  && rm /tmp/requirements.txt
 USER slimtune
-CMD ["python", "-m", "celery", "-A", "worker.app", "worker", "--concurrency", "1", "-Q", "slimtune", \
+CMD ["python", "-m", "celery", "-A", "worker.app", "worker", "-Q", "slimtune", \
      "--without-gossip", "--without-mingle", "--without-heartbeat", "--loglevel", "INFO"]

@@ -15,7 +15,7 @@ from api import errors
 from api.dependencies import Context
 from api.middleware import BodyLimit, RequestContext
 from api.problems import Problem
-from api.routes import checkpoints, datasets, health, jobs, models, plans
+from api.routes import checkpoints, datasets, devices, health, jobs, models, plans
 from service import database, queue
 from service.settings import Settings, load_settings
 from service.storage import Storage
@@ -42,7 +42,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     errors.install(app)
     app.add_middleware(BodyLimit, streaming_paths=frozenset({"/datasets"}))
     app.add_middleware(RequestContext)
-    for resource in (datasets, models, plans, jobs, checkpoints, health):
+    for resource in (datasets, models, plans, jobs, checkpoints, devices, health):
         app.include_router(resource.router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way
     return app

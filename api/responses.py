@@ -304,6 +304,18 @@ class CheckpointResponse(_Response):
         )
 
 
+class DeviceResponse(_Response):
+    id: str
+    kind: Literal["cpu", "cuda"]
+    memory_bytes: int = Field(description="What the caps of the jobs on it may add up to.")
+    bytes_in_use: int = Field(description="The sum of the caps of the jobs that run there.")
+    slots: int = Field(description="Jobs at once, at most.")
+    jobs_running: int
+    worker: str = Field(description="Who announced it.")
+    live: bool = Field(description="Whether it was announced in the last three minutes, as workers do each minute.")
+    updated_at: datetime
+
+
 class HealthResponse(_Response):
     status: Literal["ok", "unavailable"]
 

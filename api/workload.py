@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from api.errors import InvalidRequestError
 from api.schemas import ChunkingFields, FullFields, LoraFields, PlanRequest
-from service import base_models, calibrations, datasets
+from service import base_models, calibrations, datasets, devices
 from service.errors import DatasetTooSmallError
 from service.models import Dataset, Job
 from slim_core.config import (
@@ -43,9 +43,10 @@ def resolve(session: Session, request: PlanRequest) -> PlannedWorkload:
     """Check and plan a request.
 
     Raises InvalidRequestError, NotFoundError for a model or dataset that is not there, DatasetTooSmallError,
-    MemoryCapInfeasibleError.
+    MemoryCapInfeasibleError, MemoryCapExceedsDeviceError.
     """
     _check_rules(request)
+    devices.check_cap(session, request.memory_cap)
     dataset = _dataset(session, "dataset", request.dataset, request.sequence_length)
     _dataset(session, "validation_dataset", request.validation_dataset, request.sequence_length)
     model, base_model_id = _model(session, request.model)
@@ -66,7 +67,8 @@ def resolve(session: Session, request: PlanRequest) -> PlannedWorkload:
 
 
 def replan(session: Session, job: Job, memory_cap: int) -> Plan:
-    """The plan of a job that exists under another cap. Raises MemoryCapInfeasibleError."""
+    """The plan of a job that exists under another cap. Raises MemoryCapInfeasibleError, MemoryCapExceedsDeviceError."""
+    devices.check_cap(session, memory_cap)
     workload = Workload(ModelConfig.from_json(job.model_config), TrainConfig.from_json(job.train))
     own = job.spec.get("chunking", "auto")
     chunking = None if own == "auto" else Chunking(own["chunk_length"], own["state_policy"])

@@ -158,7 +158,7 @@ class Stack:
         quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat", "--loglevel", "INFO"]
         yield (
             "worker",
-            ["celery", "-A", "worker.app", "worker", "--concurrency", "1", "-Q", "slimtune", *quiet],
+            ["celery", "-A", "worker.app", "worker", "-Q", "slimtune", *quiet],
             WORKER_STOP_SECONDS,
         )
         yield "sweeper", ["worker.sweeper"], 10.0

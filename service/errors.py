@@ -90,6 +90,21 @@ class DatasetTooSmallError(ServiceError):
         )
 
 
+class MemoryCapExceedsDeviceError(ServiceError):
+    """No device that has announced itself could hold a job with this cap, even alone."""
+
+    status = 422
+    code = "memory_cap_exceeds_device"
+    param = "memory_cap"
+
+    def __init__(self, memory_cap_bytes: int, largest_device_bytes: int) -> None:
+        super().__init__(
+            f"memory_cap is {memory_cap_bytes} bytes; the largest device has {largest_device_bytes} for jobs.",
+            memory_cap_bytes=memory_cap_bytes,
+            largest_device_bytes=largest_device_bytes,
+        )
+
+
 class UploadTooLargeError(ServiceError):
     """The upload passed the limit; what had arrived is gone again."""
 

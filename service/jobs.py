@@ -31,6 +31,7 @@ def create(
     dataset_id: str,
     validation_dataset_id: str | None = None,
     base_model_id: str | None = None,
+    tenant: str = "default",
 ) -> Job:
     """A new queued job with its first events.
 
@@ -58,6 +59,7 @@ def create(
         total_steps=train["steps"],
         predicted_peak_bytes=plan["predicted_peak_bytes"],
         job_metadata=spec.get("metadata") or {},
+        tenant=tenant,
     )
     session.add(job)
     session.flush()
@@ -109,7 +111,7 @@ def request(session: Session, job_id: str, action: Action, new_cap: Callable[[Jo
     if outcome == before:
         return job
     status, desired = outcome
-    values: dict[str, Any] = {"status": status.value, "desired": desired.value}
+    values: dict[str, Any] = {"status": status.value, "desired": desired.value, "blocked_since": None}
     if status in TERMINAL:
         values["finished_at"] = func.clock_timestamp()
     if (before[0], status) == (JobStatus.PAUSED, JobStatus.QUEUED):

@@ -74,6 +74,8 @@ class Job(Base):
         CheckConstraint("(status = 'running') = (lease_until IS NOT NULL)", name="jobs_lease_while_running"),
         Index("jobs_status_id", "status", "id"),
         Index("jobs_lease", "lease_until", postgresql_where=text("status = 'running'")),
+        Index("jobs_queued", "tenant", "id", postgresql_where=text("status = 'queued'")),
+        Index("jobs_running", "device_id", postgresql_where=text("status = 'running'")),
     )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
@@ -117,6 +119,45 @@ class Job(Base):
     error: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
     """{code, message, step, hint} of a failed job."""
     job_metadata: Mapped[dict[str, str]] = mapped_column("metadata", server_default=text("'{}'"))
+    tenant: Mapped[str] = mapped_column(Id, server_default="default")
+    """In whose queue it waits."""
+    device_id: Mapped[str | None] = mapped_column(Id)
+    """Where its last attempt runs or ran."""
+    charged_bytes: Mapped[int | None]
+    """What that attempt counts as in its tenant's account (packing.charged_bytes)."""
+    claimed_at: Mapped[datetime | None]
+    """When that attempt began."""
+    blocked_since: Mapped[datetime | None]
+    """When it was its turn for the first time, in this stay in the queue, and it did not fit."""
+
+
+class Device(Base):
+    """What jobs run on: one machine's CPU or GPU, as its worker announces it."""
+
+    __tablename__ = "devices"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    """Kind and machine."""
+    kind: Mapped[str]
+    memory_bytes: Mapped[int]
+    """That the caps of the jobs on it may add up to."""
+    slots: Mapped[int]
+    """Jobs at once, at most."""
+    worker: Mapped[str]
+    reserved_for: Mapped[str | None] = mapped_column(Id)
+    """The job for which it is kept free."""
+    updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class TenantUsage(Base):
+    """What a tenant's ended runs held of late."""
+
+    __tablename__ = "tenant_usage"
+
+    tenant: Mapped[str] = mapped_column(Id, primary_key=True)
+    held_bytes: Mapped[float]
+    """Average, weighted by recency, as of `updated_at` (packing.remembered, packing.forgotten)."""
+    updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
 class JobEvent(Base):

@@ -73,7 +73,7 @@ def default_producer() -> Celery:
 
 
 def wake(job_id: str, app: Celery | None = None) -> bool:
-    """Tell a worker that a job is queued; whether the broker took it. Best effort: the sweeper asks again.
+    """Tell a worker that a job is queued and it should look; whether the broker took it. The sweeper asks again.
 
     Never raises on a dead broker and returns within a second: publishing has its own thread, as a name that does not
     resolve or a full backlog blocks longer than any socket timeout.
@@ -102,6 +102,16 @@ def wake(job_id: str, app: Celery | None = None) -> bool:
     cause = outcome[0] if outcome else f"no answer in {time.monotonic() - started:.1f} s"
     logger.warning("wake of %s not sent: %s", job_id, cause)
     return False
+
+
+def waiting_messages(app: Celery) -> int | None:
+    """How many messages wait in the broker; None if it does not answer."""
+    try:
+        with app.connection_for_write() as connection:
+            return int(connection.default_channel.client.llen(QUEUE))
+    except Exception as error:  # noqa: BLE001  # kombu and redis raise what they like; no broker is no error here
+        logger.warning("the broker does not answer: %s", error)
+        return None
 
 
 def broker_answers(app: Celery) -> bool:

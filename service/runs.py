@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from service import events, storage
+from service import events, storage, usage
 from service.errors import FencedError
 from service.ids import new_id
 from service.jobs import planned_anew
@@ -62,8 +62,19 @@ class OutputModel:
     """Relative to the data folder."""
 
 
-def claim(session: Session, job_id: str, worker: str, lease_seconds: float) -> ClaimedJob | None:
-    """Take a queued job for a new attempt; None if it is not queued or another worker is taking it now."""
+def claim(
+    session: Session,
+    job_id: str,
+    worker: str,
+    lease_seconds: float,
+    *,
+    device_id: str | None = None,
+    charged_bytes: int | None = None,
+) -> ClaimedJob | None:
+    """Take this queued job for a new attempt; None if it is not queued or another worker is taking it now.
+
+    Whether its turn has come and the device has room for it is for the caller to know (claims.next_job).
+    """
     candidate = (
         select(Job.id)
         .where(Job.id == job_id, Job.status == JobStatus.QUEUED.value)
@@ -79,6 +90,10 @@ def claim(session: Session, job_id: str, worker: str, lease_seconds: float) -> C
             lease_until=_lease(lease_seconds),
             worker=worker,
             started_at=func.coalesce(Job.started_at, func.clock_timestamp()),
+            device_id=device_id,
+            charged_bytes=charged_bytes,
+            claimed_at=func.clock_timestamp(),
+            blocked_since=None,
         )
         .returning(Job)
     )
@@ -304,6 +319,7 @@ def _resting_status(desired: str, otherwise: JobStatus) -> JobStatus:
 
 def _leave_running(session: Session, job: Job, status: JobStatus, values: dict[str, Any]) -> Job:
     """The one way out of `running`."""
+    usage.charge(session, job)
     values = {**values, "status": status.value, "lease_until": None, "worker": None}
     if not TRANSITIONS[status]:
         values["finished_at"] = func.clock_timestamp()

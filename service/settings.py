@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -31,6 +32,14 @@ class Settings(DatabaseSettings):
     max_upload_bytes: int = Field(default=2 * 1024**3, ge=1)
     """Largest dataset file that the API takes."""
     trainer_threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
+    worker_slots: int = Field(default=4, ge=1, le=64)
+    """Jobs that one device runs at once, at most; the sum of their caps is the other limit."""
+    device_memory_bytes: int | None = Field(default=None, ge=1)
+    """What the caps of the jobs on a device may add up to; None: what the worker finds, less a part for the system."""
+    device_kind: Literal["cpu", "cuda"] = "cpu"
+    """What the trainers of this process compute on. The worker finds out and tells its pool processes."""
+    patience_seconds: float = Field(default=600, ge=0)
+    """How long others may pass a job that does not fit when it is its turn."""
     lease_seconds: float = Field(default=90, gt=0)
     """How long a run may stay silent before another worker may take the job."""
     heartbeat_seconds: float = Field(default=5, gt=0)

@@ -12,12 +12,13 @@ from celery import signals
 from service import database
 from service.queue import celery_app
 from service.settings import load_settings
+from worker import device
 from worker.calibrator import calibrate
 
 app = celery_app(
     load_settings().redis_url,
     include=["worker.tasks"],
-    worker_concurrency=1,
+    worker_concurrency=load_settings().worker_slots,
     # A spawned pool process imports everything anew, which takes longer than the 4 s of the default on a busy machine.
     worker_proc_alive_timeout=60.0,
 )
@@ -31,6 +32,20 @@ logger = logging.getLogger(__name__)
 @signals.celeryd_after_setup.connect  # type: ignore[untyped-decorator]
 def remember_controller(instance: Any, **_: Any) -> None:
     _controllers[:] = [instance]
+
+
+@signals.celeryd_after_setup.connect  # type: ignore[untyped-decorator]
+def announce_device(sender: str, **_: Any) -> None:
+    """Tell the database what jobs can run on here, now and every minute; tell the pool, which is not there yet."""
+    settings = load_settings()
+    found = device.discover(settings)
+    os.environ["SLIMTUNE_DEVICE_KIND"] = found.kind
+    os.environ["SLIMTUNE_WORKER_SLOTS"] = str(found.slots)
+    load_settings.cache_clear()
+    logger.info("%s", found)
+    bind = database.engine(settings)
+    device.announce(bind, found, sender)
+    device.keep_announcing(bind, found, sender)
 
 
 @signals.celeryd_after_setup.connect  # type: ignore[untyped-decorator]

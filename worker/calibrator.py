@@ -16,7 +16,7 @@ from service.settings import Settings
 from slim_core.planning import Calibration
 from worker.environment import trainer_environment
 from worker.process import die_with_parent
-from worker.slot import device_slot
+from worker.slot import device_id, whole_device
 
 CALIBRATE_COMMAND = (sys.executable, "-m", "slim_core.calibrate")
 TIMEOUT_SECONDS = 180.0
@@ -57,8 +57,9 @@ def calibrate(
     trainer runs on this device nothing is measured: the numbers would be those of half a machine.
     """
     try:
-        with device_slot(settings.data_dir, wait_seconds=0) as lock:
-            if lock is None:
+        device = device_id(settings.device_kind)
+        with whole_device(settings.data_dir, device, slots=settings.worker_slots) as idle:
+            if not idle:
                 logger.info("not calibrated: the device is in use")
                 return None
             calibration = measure(settings.trainer_threads, command)

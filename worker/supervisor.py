@@ -1,4 +1,4 @@
-"""The entry to running a job: take the device, claim the job, run one attempt, give the device back."""
+"""The entry to running a job: take a slot of the device, claim what is next, run one attempt, give the slot back."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from service import database, queue, runs
+from service import claims, database, jobs, queue
+from service.runs import ClaimedJob
 from service.settings import Settings
 from worker.attempt import Attempt
 from worker.ledger import is_outage
-from worker.slot import WAIT_SECONDS, device_slot
+from worker.slot import WAIT_SECONDS, Slot, device_id, device_slot
 from worker.stop import StopRequest
 
 TRAINER_COMMAND = (sys.executable, "-m", "worker.trainer")
@@ -34,39 +35,65 @@ def supervise(
     command: Sequence[str] = TRAINER_COMMAND,
     device_wait_seconds: float = WAIT_SECONDS,
 ) -> None:
-    """Run one attempt at a job, if it waits for one and this machine's device is free; else return at once.
+    """Run one attempt at the job that is next on this machine's device, if it fits and a slot is free.
 
-    A message may come late, twice or for a job that is long gone: what counts is the row. A job that is queued again
-    when the attempt ends is announced once the device is free.
+    A message means "look for work": it may come late, twice, or for a job (`job_id`) that is long gone, and what counts
+    are the rows. When a job was taken, or has ended, others may look: another slot may have room for what is next.
     """
     bind = database.engine(settings)
+    device = device_id(settings.device_kind)
     try:
-        with StopRequest() as stop, device_slot(settings.data_dir, wait_seconds=device_wait_seconds) as slot:
+        with (
+            StopRequest() as stop,
+            device_slot(
+                settings.data_dir, device, slots=settings.worker_slots, wait_seconds=device_wait_seconds
+            ) as slot,
+        ):
             if slot is None:
-                logger.info("%s: the device is in use", job_id)
+                logger.info("%s: all slots are in use", job_id)
                 return
-            queued_again = _run(job_id, bind, settings, command=command, slot=slot, stop=stop)
-        if queued_again:
-            queue.wake(job_id, queue.producer(settings.redis_url))
+            job = None if stop.requested else _claim(bind, settings, device, slot)
+            if job is None:
+                return
+            logger.info("%s: attempt %d", job.id, job.attempt)
+            _let_others_look(bind, settings)
+            Attempt(job, bind, settings, command=command, slot=slot.descriptor, stop=stop).run()
+        _let_others_look(bind, settings)
     finally:
         bind.dispose()
 
 
-def _run(
-    job_id: str, bind: Engine, settings: Settings, *, command: Sequence[str], slot: int, stop: StopRequest
-) -> bool:
-    if stop.requested:
-        return False
+def _claim(bind: Engine, settings: Settings, device: str, slot: Slot) -> ClaimedJob | None:
     try:
         with database.transaction(bind) as session:
-            job = runs.claim(session, job_id, worker_name(), settings.lease_seconds)
+            job = claims.next_job(
+                session,
+                device,
+                worker_name(),
+                lease_seconds=settings.lease_seconds,
+                patience_seconds=settings.patience_seconds,
+                held_here=slot.others,
+            )
+            if job is not None:
+                slot.note(job.id, job.attempt, job.memory_cap_bytes)
     except SQLAlchemyError as error:
         if not is_outage(error):
             raise
-        logger.warning("%s: not claimed, the database does not answer: %s", job_id, str(error).splitlines()[0])
-        return False
+        logger.warning("nothing claimed, the database does not answer: %s", str(error).splitlines()[0])
+        return None
     if job is None:
-        logger.info("%s: not queued", job_id)
-        return False
-    logger.info("%s: attempt %d", job.id, job.attempt)
-    return Attempt(job, bind, settings, command=command, slot=slot, stop=stop).run()
+        logger.info("%s: nothing to start", device)
+    return job
+
+
+def _let_others_look(bind: Engine, settings: Settings) -> None:
+    """One more message where jobs wait and none is under way; best effort, the sweeper does the same."""
+    try:
+        with database.transaction(bind) as session:
+            waiting = jobs.queued_ids(session, limit=1)
+    except SQLAlchemyError as error:
+        logger.warning("nobody is woken, the database does not answer: %s", str(error).splitlines()[0])
+        return
+    app = queue.producer(settings.redis_url)
+    if waiting and queue.waiting_messages(app) == 0:
+        queue.wake(waiting[0], app)

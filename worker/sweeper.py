@@ -13,7 +13,7 @@ from celery import Celery
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from service import database, jobs, queue, runs
+from service import database, devices, jobs, queue, runs
 from service.settings import Settings, load_settings
 from service.storage import Storage
 
@@ -33,31 +33,23 @@ def sweep(bind: Engine, app: Celery) -> list[str]:
             return []
         requeued = runs.requeue_expired(session)
         waiting = jobs.queued_ids(session)
+        slots = devices.live_slots(session)
     for job_id in requeued:
         logger.warning("%s: its lease ran out, queued again", job_id)
-    _wake(app, waiting)
+    _wake(app, waiting, slots)
     return requeued
 
 
-def _wake(app: Celery, waiting: list[str]) -> None:
-    # Where as many messages wait as jobs, each of these will find a worker. Without this a queue behind a job of a
-    # week would grow by 60,000 messages for every job in it.
-    messages = queued_messages(app) if waiting else 0
-    if messages is None or messages >= len(waiting):
+def _wake(app: Celery, waiting: list[str], slots: int) -> None:
+    # A message makes one slot look, so as many as there are slots are enough; more would pile up behind a job of a
+    # week, 60,000 of them for every job in the queue.
+    wanted = waiting[: max(slots, 1)]
+    messages = queue.waiting_messages(app) if wanted else None
+    if messages is None:
         return
-    for job_id in waiting:
+    for job_id in wanted[messages:]:
         if not queue.wake(job_id, app):
             return  # the broker is away; the next sweep tries again
-
-
-def queued_messages(app: Celery) -> int | None:
-    """How many messages wait in the broker; None if it does not answer."""
-    try:
-        with app.connection_for_write() as connection:
-            return int(connection.default_channel.client.llen(queue.QUEUE))
-    except Exception as error:  # noqa: BLE001  # kombu and redis raise what they like; no broker is no error here
-        logger.warning("the broker does not answer: %s", error)
-        return None
 
 
 def run(settings: Settings) -> NoReturn:

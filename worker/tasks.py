@@ -10,5 +10,5 @@ from worker.supervisor import supervise
 
 @app.task(name=TASK)  # type: ignore[untyped-decorator]
 def run(job_id: str) -> None:
-    """Run one attempt at a job."""
+    """Look for work, and run one attempt at what was found."""
     supervise(job_id, load_settings())

@@ -23,6 +23,8 @@ from service.models import Checkpoint, Dataset, Job, Metric
 from service.settings import Settings
 from slim_core.config import ModelConfig, TrainConfig
 from slim_core.planning import MemoryBreakdown, Plan
+from worker.device import announce, discover
+from worker.slot import device_id
 from worker.supervisor import supervise
 
 T = TypeVar("T")
@@ -30,6 +32,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 MODEL = ModelConfig(num_layers=1, model_width=32, num_heads=2, mlp_width=64)
 CAP_BYTES = 1 << 30
+DEVICE_BYTES = 8 * CAP_BYTES
 
 
 def wait_for(what: str, condition: Callable[[], T | None], seconds: float = 15.0) -> T:
@@ -89,9 +92,11 @@ class Stage:
             redis_url=redis_url,
             data_dir=data_dir,
             trainer_threads=1,
-            **{**timing, **settings},
+            **{"device_memory_bytes": DEVICE_BYTES, **timing, **settings},
         )
         self.bind = database.engine(self.settings)
+        self.device = device_id("cpu")
+        assert announce(self.bind, discover(self.settings, drivers=()), "a test")
         self.redis = redis.Redis(unix_socket_path=redis_url.removeprefix("redis+socket://").split("?")[0])
         self.processes: list[subprocess.Popen[bytes]] = []
         self.overrides: dict[str, str] = {}
@@ -109,7 +114,14 @@ class Stage:
 
     # Jobs
 
-    def create_job(self, steps: int = 12, keep: int = 2, chunk_length: int = 64) -> str:
+    def create_job(
+        self,
+        steps: int = 12,
+        keep: int = 2,
+        chunk_length: int = 64,
+        memory_cap_bytes: int = CAP_BYTES,
+        tenant: str = "default",
+    ) -> str:
         train = TrainConfig(sequence_length=64, batch_size=1, steps=steps)
         dataset = Dataset(
             id=new_id("ds"), name="d", filename="d.txt", format="txt", bytes=3, documents=1, tokens=1_000,
@@ -124,8 +136,9 @@ class Stage:
                 train=train.to_json(),
                 model_config=MODEL.to_json(),
                 plan=a_plan(chunk_length),
-                memory_cap_bytes=CAP_BYTES,
+                memory_cap_bytes=memory_cap_bytes,
                 dataset_id=dataset.id,
+                tenant=tenant,
             )
         return job.id
 
@@ -189,7 +202,10 @@ class Stage:
 
     @property
     def environment(self) -> dict[str, str]:
-        names = ("lease_seconds", "heartbeat_seconds", "sweep_seconds", "self_kill_seconds", "data_dir")
+        names = (
+            "lease_seconds", "heartbeat_seconds", "sweep_seconds", "self_kill_seconds", "data_dir", "worker_slots",
+            "device_memory_bytes", "patience_seconds",
+        )  # fmt: skip
         return os.environ | {
             "DATABASE_URL": self.settings.database_url,
             "REDIS_URL": self.settings.redis_url,

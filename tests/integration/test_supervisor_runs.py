@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -201,10 +202,12 @@ def test_a_message_for_a_job_that_does_not_wait_does_nothing(stage: Stage) -> No
     supervise("job_" + "0" * 32, stage.settings)
 
 
-def test_a_device_in_use_takes_no_job(stage: Stage) -> None:
+def test_a_device_whose_slots_are_in_use_takes_no_job(stage: Stage) -> None:
     job_id = stage.create_job(steps=3)
-    with device_slot(stage.settings.data_dir, wait_seconds=0) as lock:
-        assert lock is not None
+    with ExitStack() as held:
+        for _ in range(stage.settings.worker_slots):
+            slot = device_slot(stage.settings.data_dir, stage.device, slots=stage.settings.worker_slots, wait_seconds=0)
+            assert held.enter_context(slot) is not None
         job = stage.run(job_id)
         assert (job.status, job.attempt) == ("queued", 0)
     assert stage.run(job_id).status == "succeeded"

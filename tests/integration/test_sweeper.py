@@ -56,15 +56,19 @@ def test_a_requeued_job_runs_to_its_end(stage: Stage) -> None:
     assert [start["step"] for start in stage.trace(job_id)] == [0, 5]
 
 
-def test_waiting_jobs_are_announced_again_but_not_without_end(stage: Stage) -> None:
+def test_there_is_a_message_for_each_slot_that_a_job_could_have_and_no_more(stage: Stage) -> None:
     for _ in range(3):
         stage.create_job()
     for _ in range(5):
         sweep(stage)
     assert stage.waiting_messages() == 3
+    for _ in range(3):
+        stage.create_job()
+    sweep(stage)
+    assert stage.waiting_messages() == stage.settings.worker_slots == 4
     stage.redis.flushall()
     sweep(stage)
-    assert stage.waiting_messages() == 3
+    assert stage.waiting_messages() == 4
 
 
 def test_another_sweeper_at_work_is_left_alone(stage: Stage) -> None:
