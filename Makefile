@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
 TORCH := $(shell grep '^torch==' requirements.lock)
 
-.PHONY: help demo up test test-extra lint tradeoff bench plan-accuracy paper format clean
+.PHONY: help demo up test test-extra lint tradeoff bench plan-accuracy packing paper format clean
 
 help:
 	@echo "make demo        one real training job through the REST API, from upload to a sample; about 3 minutes"
@@ -17,6 +17,7 @@ help:
 	@echo "make tradeoff    measure memory and time against the number of chunks, and draw it (docs/figures)"
 	@echo "make bench       measure speed and memory beside other implementations (docs/benchmarks.md); over an hour"
 	@echo "make plan-accuracy  run 200 random jobs for two steps and compare with their plans (docs/plan-accuracy.md)"
+	@echo "make packing     simulate thousands of jobs on one device, and run three at once (docs/packing.md); 2 minutes"
 	@echo "make paper       reproduce the claims of the SLiM paper (docs/paper.md); over an hour, can be continued"
 	@echo "make format      let ruff format and fix what it can"
 	@echo "make clean       remove .venv, caches and the data in .slimtune"
@@ -65,6 +66,9 @@ bench: $(INSTALLED)
 
 plan-accuracy: $(INSTALLED)
 	$(BIN)/python -m benchmarks.plan_accuracy
+
+packing: $(INSTALLED)
+	$(BIN)/python -m benchmarks.packing
 
 paper: $(INSTALLED)
 	$(BIN)/python -m benchmarks.paper --jobs 2

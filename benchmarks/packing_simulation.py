@@ -73,7 +73,8 @@ class Simulation:
         self._device_bytes = device_bytes
         self._slots = slots
         self._queues: dict[str, deque[Job]] = defaultdict(deque)
-        self._blocked_at: dict[str, float] = {}
+        self.blocked_at: dict[str, float] = {}
+        """By job: when it was its turn for the first time and it did not fit."""
         self._running: dict[str, Run] = {}
         self._past: dict[str, tuple[float, float]] = {}
         """By tenant: the average of what its ended runs held, and the time as of which."""
@@ -102,7 +103,7 @@ class Simulation:
         free_bytes = self._device_bytes - sum(run.job.memory_cap_bytes for run in self._running.values())
         choice = self._policy(waiting, self._accounts(now), free_bytes)
         if choice.blocked is not None:
-            self._blocked_at.setdefault(choice.blocked.job_id, now)
+            self.blocked_at.setdefault(choice.blocked.job_id, now)
         if choice.start is None:
             return None
         run = Run(self._queues[choice.start.tenant].popleft(), now)
@@ -128,7 +129,7 @@ class Simulation:
         return accounts
 
     def _blocked_seconds(self, job_id: str, now: float) -> float | None:
-        return now - self._blocked_at[job_id] if job_id in self._blocked_at else None
+        return now - self.blocked_at[job_id] if job_id in self.blocked_at else None
 
     def _charged(self, job: Job) -> int:
         return packing.charged_bytes(job.memory_cap_bytes, self._device_bytes, self._slots)
@@ -152,8 +153,9 @@ def a_week(seed: int, scale: float = 1.0) -> list[Job]:
     add("long", 120, 30.0, lambda: between(4, 8), lambda: between(2, 6) * HOUR)
     add("wide", 500, 60.0, lambda: between(12, 24), lambda: tailed(10 * MINUTE))
     add("newcomer", 400, NEWCOMER_AT * min(1.0, scale), lambda: between(1, 6), lambda: tailed(12 * MINUTE))
-    for number in range(max(1, int(12 * scale))):
-        jobs.append(((number + 1) * LARGE_SECONDS * min(1.0, 4 * scale), "large", between(48, 64), between(20, 40) * MINUTE))
+    for number in range(1, 1 + max(1, int(12 * scale))):
+        arrived_at = number * LARGE_SECONDS * min(1.0, 4 * scale)
+        add("large", 1, arrived_at, lambda: between(48, 64), lambda: between(20, 40) * MINUTE)
     jobs.sort(key=lambda job: job[0])
     return [
         Job(f"job_{number:06d}", tenant, int(gib * GIB), seconds, arrived_at)

@@ -17,9 +17,14 @@ ALLOWED = (
     "PYTHONDONTWRITEBYTECODE",
     "CUDA_DEVICE_ORDER",
     "CUDA_VISIBLE_DEVICES",
-    "GOMP_SPINCOUNT",  # 0 on a machine that is shared: waiting threads sleep instead of taking a core from others
+    "GOMP_SPINCOUNT",
 )
 """What a trainer may inherit. Anything else, the database URL and keys above all, stays with the supervisor."""
+SPIN_COUNT = 1_000
+"""How long a thread of a trainer spins for its next piece of work before it sleeps (GOMP_SPINCOUNT), unless the
+environment says otherwise. Trainers share the cores: one that spins for long takes them from the others
+(docs/decisions/0009-packing-by-bytes.md).
+"""
 
 
 def allocator_environment() -> dict[str, str]:
@@ -45,6 +50,7 @@ def trainer_environment(threads: int, inherited: Mapping[str, str] | None = None
     source = os.environ if inherited is None else inherited
     kept = {name: source[name] for name in ALLOWED if name in source}
     return {
+        "GOMP_SPINCOUNT": str(SPIN_COUNT),
         **kept,
         **allocator_environment(),
         "OMP_NUM_THREADS": str(threads),

@@ -46,7 +46,14 @@ def add_dataset(bind: Engine, storage: Storage, text: str = "Hello, world. " * 1
         return upload.store(bind)
 
 
-def add_job(bind: Engine, dataset_id: str, keep: int = 2, **spec: Any) -> Job:
+def add_job(
+    bind: Engine,
+    dataset_id: str,
+    keep: int = 2,
+    memory_cap_bytes: int = 500_000_000,
+    tenant: str = "default",
+    **spec: Any,
+) -> Job:
     train = TrainConfig(sequence_length=128, batch_size=1, steps=10).to_json()
     defaults = {"name": "a job", "model": "performer-tiny", "dataset": dataset_id, "keep": keep, "metadata": {}}
     with transaction(bind) as session:
@@ -56,8 +63,9 @@ def add_job(bind: Engine, dataset_id: str, keep: int = 2, **spec: Any) -> Job:
             train=train,
             model_config=BUILTIN_MODELS["performer-tiny"].to_json(),
             plan=PLAN,
-            memory_cap_bytes=500_000_000,
+            memory_cap_bytes=memory_cap_bytes,
             dataset_id=dataset_id,
+            tenant=tenant,
         )
 
 

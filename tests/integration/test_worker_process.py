@@ -134,3 +134,18 @@ def test_a_calibration_that_fails_is_no_obstacle(stage: Stage, caplog: pytest.Lo
     for program in ("print('not json')", "print('{}')", "", "print('[1]')"):
         with pytest.raises(CalibrationError):
             measure(1, [sys.executable, "-c", program])
+
+
+def test_jobs_run_at_once_in_one_worker_which_drains_them_all(stage: Stage) -> None:
+    """Three of four slots are busy when the worker is told to stop: each ends at a checkpoint, none is a failure."""
+    jobs = [stage.create_job(steps=LONG) for _ in range(3)]
+    worker = start_worker(stage, checkpoint_every=10_000)
+    wake(stage, jobs[0])  # one message: whoever starts a job has the next one looked for
+    for job_id in jobs:
+        stage.reach(job_id, 2)
+    worker.terminate()
+    assert worker.wait(20) == 0
+    for job_id in jobs:
+        job = stage.job(job_id)
+        assert (job.status, job.failures, job.attempt) == ("queued", 0, 1)
+        assert [row.step for row in stage.checkpoints(job_id)] == [job.step]
