@@ -98,6 +98,7 @@ def main() -> None:
 
 def _summary(runs: Sequence[Run]) -> Record:
     large = [run.waited for run in runs if run.job.tenant == "large"]
+    blocked = [run.blocked_seconds for run in runs if run.job.tenant == "large"]
     shares = held(runs, *CONTENDED)
     arrived = held(runs, NEWCOMER_AT, NEWCOMER_AT + 12 * HOUR)
     return {
@@ -109,6 +110,7 @@ def _summary(runs: Sequence[Run]) -> Record:
         "newcomer_charged_bytes": round(arrived.get("newcomer", 0.0)),
         "used_share_of_memory": sum(held(runs, *CONTENDED, charged=False).values()) / DEVICE_BYTES,
         "large_wait_hours": {"median": statistics.median(large) / HOUR, "longest": max(large) / HOUR},
+        "large_blocked_hours": max(blocked) / HOUR,
         "hours": max(run.ended_at for run in runs) / HOUR,
     }
 
@@ -117,7 +119,7 @@ def _targets(simulated: dict[str, list[Record]], real: Record) -> list[Target]:
     ours, passed = simulated["packing"], simulated["without reservation"]
     every = [summary for summaries in simulated.values() for summary in summaries]
     peaks = [job["measured_peak_bytes"] / job["memory_cap_bytes"] for job in real["together"]]
-    starved = min(summary["large_wait_hours"]["longest"] for summary in passed)
+    starved = min(summary["large_blocked_hours"] for summary in passed)
     return [
         at_least("simulated jobs", sum(summary["jobs"] for summary in ours), "jobs", 5_000),
         at_most(
@@ -128,9 +130,11 @@ def _targets(simulated: dict[str, list[Record]], real: Record) -> list[Target]:
         ),
         at_most("jobs started before an older one of their tenant", sum(s["out_of_order"] for s in every), "jobs", 0),
         at_least("Jain's index of four backlogged tenants", min(s["jain"] for s in ours), "index", 0.95),
-        at_most("longest wait of a large job", max(s["large_wait_hours"]["longest"] for s in ours), "hours", 12),
+        at_most(
+            "longest wait of a large job from its turn on", max(s["large_blocked_hours"] for s in ours), "hours", 12
+        ),
         at_least("the same without reservation: starved", starved, "hours", 48),
-        at_least("memory in use under contention", min(s["used_share_of_memory"] for s in ours), "share", 0.7),
+        at_least("memory in use under contention", min(s["used_share_of_memory"] for s in ours), "share", 0.8),
         at_least("real jobs running at once", real["at_once"], "jobs", 3),
         at_most("largest measured peak over its cap", max(peaks), "ratio", 1.0),
         at_most("losses that differ from those of the job alone", real["losses_that_differ"], "steps", 0),
@@ -259,7 +263,7 @@ def _draw_memory(axes: Axes, runs: list[Run]) -> None:
         hours, list(layers.values()), labels=list(layers), colors=[COLOURS[name] for name in layers], linewidth=0
     )
     axes.axhline(DEVICE_BYTES / GIB, color="#111827", linewidth=1.2)
-    axes.text(0.3, DEVICE_BYTES / GIB + 1, "the device: 64 GiB", va="bottom")
+    axes.text(0.3, DEVICE_BYTES / GIB + 1, "the device: 64 GiB", va="bottom", color="#111827")
     axes.set_xlim(0, 48)
     axes.set_ylim(0, 74)
     axes.set_xticks(range(0, 49, 6))
@@ -300,10 +304,10 @@ def _draw_waits(axes: Axes, runs: dict[str, list[Run]]) -> None:
         large = [run for run in runs[name] if run.job.tenant == "large"]
         hours = [run.job.arrived_at / HOUR for run in large]
         axes.semilogy(hours, [run.waited / HOUR for run in large], marker, color=colour, label=name)
-    axes.set_ylim(0.2, 1_500)
+    axes.set_ylim(0.2, 600)
     axes.set_yticks([1, 10, 100], ["1 h", "10 h", "100 h"])
     axes.set_xlabel("arrival, hours")
-    axes.legend(frameon=False, loc="upper left", ncols=1)
+    axes.legend(frameon=False, loc="center", bbox_to_anchor=(0.5, 0.57), ncols=2, columnspacing=1.0, handlelength=1)
     axes.set_title("Wait of jobs of 48 to 64 GiB", loc="left", fontweight="bold")
 
 

@@ -117,6 +117,14 @@ class Checkpoint(TypedDict):
     files: list[FileRecord]
 
 
+class Device(TypedDict):
+    id: str
+    memory_bytes: int
+    bytes_in_use: int
+    jobs_running: int
+    live: bool
+
+
 class ServiceError(RuntimeError):
     """The service refused a request (`status`, `code` and the whole `problem`), or did not answer (status 0)."""
 
@@ -200,6 +208,11 @@ class Client:
             yield from page["data"]
             more = page["has_more"]
             after = page["data"][-1]["id"] if page["data"] else after
+
+    def devices(self) -> list[Device]:
+        """What workers have announced."""
+        devices: list[Device] = self._request("GET", "/devices")["data"]
+        return devices
 
     def checkpoint(self, job_id: str, which: int | str) -> Checkpoint:
         """A step, or `latest`, `best`, `final`."""

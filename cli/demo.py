@@ -36,7 +36,8 @@ VALIDATION = slice(6, None, 10)
 """Which of the documents, in order of their names, are for validation: every tenth, here with a tenth of the text."""
 CAP_STEP_BYTES = 10 * BYTES_PER_MIB
 """The cap is rounded down to a multiple of this."""
-NO_CAP = "1TiB"
+NO_CAP_BYTES = 1 << 40
+"""Where no device has announced how much it has."""
 PROMPT = "The import statement"
 SAMPLE_TOKENS = 200
 SAMPLE_SECONDS = 120.0
@@ -75,7 +76,8 @@ def _show(console: Console, home: Path, url: str, steps: int, check: Callable[[]
         training, validation = (client.upload_dataset(path) for path in write_datasets(folder))
         _show_datasets(console, training, validation)
         request = _request(training, validation, steps)
-        free = client.plan({**request, "memory_cap": NO_CAP})
+        largest = max((device["memory_bytes"] for device in client.devices() if device["live"]), default=NO_CAP_BYTES)
+        free = client.plan({**request, "memory_cap": largest})
         _show_frontier(console, free)
         cap = choose_cap(free)
         job = client.create_job({**request, "memory_cap": cap})

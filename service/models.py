@@ -146,6 +146,8 @@ class Device(Base):
     worker: Mapped[str]
     reserved_for: Mapped[str | None] = mapped_column(Id)
     """The job for which it is kept free."""
+    reserved_until: Mapped[datetime | None]
+    """When it was expected to have room for that job: what is to end by then may start before it."""
     updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 

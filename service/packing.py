@@ -24,10 +24,23 @@ class Waiting:
     job_id: str
     tenant: str
     memory_cap_bytes: int
+    expected_seconds: float = math.inf
+    """How long it says that it will run."""
     blocked_seconds: float | None = None
     """Since it was its turn for the first time and it did not fit; None if that has not happened."""
+    drain_seconds: float | None = None
+    """How much longer the device, which is kept free for it, may start others; None if it is not."""
     reserved_elsewhere: bool = False
     """Whether another device is kept free for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A job that holds a part of the device."""
+
+    memory_cap_bytes: int
+    expected_seconds: float
+    """Until its end, as far as one can tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,31 +51,51 @@ class Choice:
     blocked: Waiting | None = None
     """Whose turn it is, though it does not fit: the caller keeps since when."""
     reserved: Waiting | None = None
-    """For whom the device is kept free: until it starts, nothing else does."""
+    """For whom the device is kept free: only what promises to be gone by then starts before it."""
+    drain_seconds: float = 0.0
+    """For how much longer it may. The caller keeps the moment, which must not move: promises may be broken."""
 
 
 def choose(
     waiting: Sequence[Waiting],
+    running: Sequence[Running],
     accounts: Mapping[str, float],
-    free_bytes: int,
+    device_bytes: int,
     patience_seconds: float = PATIENCE_SECONDS,
 ) -> Choice:
     """The job to start, if any. `accounts` has what `account` gives for each tenant; one that is missing has 0.
 
     All of `waiting` would fit on the empty device. Identifiers sort by age.
     """
+    free_bytes = device_bytes - sum(run.memory_cap_bytes for run in running)
+    turns = sorted(waiting, key=lambda job: (accounts.get(job.tenant, 0.0), job.job_id))
+    fitting = [job for job in turns if job.memory_cap_bytes <= free_bytes]
     overdue = [
         job
         for job in waiting
         if job.blocked_seconds is not None and job.blocked_seconds >= patience_seconds and not job.reserved_elsewhere
     ]
-    if overdue:
-        first = min(overdue, key=lambda job: (-(job.blocked_seconds or 0.0), job.job_id))
-        return Choice(start=first if first.memory_cap_bytes <= free_bytes else None, reserved=first)
-    turns = sorted(waiting, key=lambda job: (accounts.get(job.tenant, 0.0), job.job_id))
-    start = next((job for job in turns if job.memory_cap_bytes <= free_bytes), None)
-    blocked = turns[0] if turns and turns[0] is not start else None
-    return Choice(start=start, blocked=blocked)
+    if not overdue:
+        start = fitting[0] if fitting else None
+        blocked = turns[0] if turns and turns[0] is not start else None
+        return Choice(start=start, blocked=blocked)
+    first = min(overdue, key=lambda job: (-(job.blocked_seconds or 0.0), job.job_id))
+    if first in fitting:
+        return Choice(start=first, reserved=first)
+    drain_seconds = first.drain_seconds
+    if drain_seconds is None:
+        drain_seconds = _seconds_until(running, first.memory_cap_bytes - free_bytes)
+    filler = next((job for job in fitting if job.expected_seconds <= drain_seconds), None)
+    return Choice(start=filler, reserved=first, drain_seconds=drain_seconds)
+
+
+def _seconds_until(running: Sequence[Running], wanted_bytes: int) -> float:
+    """When the jobs that end first will have given back as much as is wanted."""
+    for run in sorted(running, key=lambda run: run.expected_seconds):
+        wanted_bytes -= run.memory_cap_bytes
+        if wanted_bytes <= 0:
+            return run.expected_seconds
+    return 0.0
 
 
 def charged_bytes(memory_cap_bytes: int, device_bytes: int, slots: int) -> int:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,17 +69,17 @@ def announce(bind: Engine, device: Announcement, worker: str) -> bool:
     return True
 
 
-def keep_announcing(bind: Engine, device: Announcement, worker: str) -> threading.Thread:
+def keep_announcing(
+    bind: Engine, device: Announcement, worker: str, every_seconds: float = devices.ANNOUNCE_SECONDS
+) -> None:
     """Announce the device for as long as this process lives, in a thread. The database may be away for any time."""
-    pause = threading.Event()
 
     def announce_again() -> None:
-        while not pause.wait(devices.ANNOUNCE_SECONDS):
+        while True:
+            time.sleep(every_seconds)
             announce(bind, device, worker)
 
-    thread = threading.Thread(target=announce_again, name="announce-device", daemon=True)
-    thread.start()
-    return thread
+    threading.Thread(target=announce_again, name="announce-device", daemon=True).start()
 
 
 def _gpu_bytes(query: str) -> int | None:

@@ -56,8 +56,9 @@ def supervise(
             if job is None:
                 return
             logger.info("%s: attempt %d", job.id, job.attempt)
-            _let_others_look(bind, settings)
-            Attempt(job, bind, settings, command=command, slot=slot.descriptor, stop=stop).run()
+            attempt = Attempt(job, bind, settings, command=command, slot=slot.descriptor, stop=stop)
+            _let_others_look(bind, settings)  # after that: the attempt counts its lease from the line above
+            attempt.run()
         _let_others_look(bind, settings)
     finally:
         bind.dispose()

@@ -26,6 +26,7 @@ def upgrade() -> None:
         sa.Column("slots", sa.BigInteger(), nullable=False),
         sa.Column("worker", sa.Text(), nullable=False),
         _id("reserved_for"),
+        sa.Column("reserved_until", sa.DateTime(timezone=True), nullable=True),
         sa.Column("updated_at", sa.DateTime(timezone=True), nullable=False, server_default=sa.text("now()")),
     )
     op.create_table(

@@ -52,9 +52,10 @@ def add_job(
     keep: int = 2,
     memory_cap_bytes: int = 500_000_000,
     tenant: str = "default",
+    steps: int = 10,
     **spec: Any,
 ) -> Job:
-    train = TrainConfig(sequence_length=128, batch_size=1, steps=10).to_json()
+    train = TrainConfig(sequence_length=128, batch_size=1, steps=steps).to_json()
     defaults = {"name": "a job", "model": "performer-tiny", "dataset": dataset_id, "keep": keep, "metadata": {}}
     with transaction(bind) as session:
         return jobs.create(

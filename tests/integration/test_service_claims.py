@@ -38,8 +38,9 @@ def announce(bind: Engine, device_id: str, memory_bytes: int, slots: int = 4) ->
         devices.announce(session, Announcement(device_id, "cpu", memory_bytes, slots), "worker@here")
 
 
-def add(bind: Engine, dataset: Dataset, mebibytes: int, tenant: str = "default") -> str:
-    return add_job(bind, dataset.id, memory_cap_bytes=mebibytes * MIB, tenant=tenant).id
+def add(bind: Engine, dataset: Dataset, mebibytes: int, tenant: str = "default", steps: int = 10) -> str:
+    """Of half a second a step, by its plan."""
+    return add_job(bind, dataset.id, memory_cap_bytes=mebibytes * MIB, tenant=tenant, steps=steps).id
 
 
 def take(bind: Engine, device_id: str = DEVICE, **options: Any) -> ClaimedJob | None:
@@ -114,7 +115,7 @@ def test_a_large_job_gets_the_device_after_its_patience(bind: Engine, dataset: D
     running = add(bind, dataset, 300, "a")
     assert taken(bind) == running
     large = add(bind, dataset, 800, "b")
-    small = [add(bind, dataset, 100, "a") for _ in range(3)]
+    small = [add(bind, dataset, 100, "a", steps=1_000) for _ in range(3)]
     assert taken(bind) == small[0]  # passes it
     assert state(bind, large).blocked_since is not None
     assert taken(bind, patience_seconds=0) is None
@@ -124,6 +125,25 @@ def test_a_large_job_gets_the_device_after_its_patience(bind: Engine, dataset: D
     assert taken(bind, patience_seconds=0) == large
     assert (reserved_for(bind), state(bind, large).blocked_since) == (None, None)
     assert taken(bind, patience_seconds=0) == small[1]
+
+
+def test_what_ends_in_time_starts_while_the_device_drains(bind: Engine, dataset: Dataset) -> None:
+    running = add(bind, dataset, 300, "a", steps=100)
+    assert taken(bind) == running
+    large = add(bind, dataset, 800, "b")
+    quick, slow = add(bind, dataset, 100, "c", steps=50), add(bind, dataset, 100, "d", steps=50)
+    assert taken(bind) == quick
+    with transaction(bind) as session:  # it is at step 90, ten times as slow as planned: 50 seconds more
+        session.execute(text("UPDATE jobs SET step = 90, step_seconds = 5 WHERE id = :id"), {"id": running})
+    assert taken(bind, patience_seconds=0) == slow
+    assert reserved_for(bind) == large
+    later = add(bind, dataset, 100, "e", steps=50)
+    with transaction(bind) as session:  # the moment that was set has come near, whatever is expected now
+        session.execute(
+            text("UPDATE devices SET reserved_until = now() + interval '20 seconds' WHERE id = :id"), {"id": DEVICE}
+        )
+    assert taken(bind, patience_seconds=0) is None
+    assert state(bind, later).status == "queued"
 
 
 def test_a_pause_is_the_end_of_a_reservation(bind: Engine, dataset: Dataset) -> None:
@@ -143,7 +163,7 @@ def test_one_of_two_devices_is_kept_free(bind: Engine, dataset: Dataset) -> None
         add(bind, dataset, 300, "a")
         assert take(bind, device_id) is not None
     large = add(bind, dataset, 800, "b")
-    small = [add(bind, dataset, 100, "a") for _ in range(2)]
+    small = [add(bind, dataset, 100, "a", steps=1_000) for _ in range(2)]
     assert taken(bind) == small[0]
     assert taken(bind, patience_seconds=0) is None
     assert reserved_for(bind) == large

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
 from service import database, devices
 from tests.integration.stage import CAP_BYTES, DEVICE_BYTES, Stage, open_stage, wait_for
@@ -89,9 +91,28 @@ def test_an_announcement_is_repeated_and_survives_a_database_that_is_away(stage:
     )
     assert not announce(away, device, "again")
     assert announce(stage.bind, device, "again")
+    long_ago = text("UPDATE devices SET updated_at = now() - interval '1 day'")
     with database.transaction(stage.bind) as session:
         (shown,) = devices.page(session)
-    assert (shown.worker, shown.live) == ("again", True)
+        assert (shown.worker, shown.live) == ("again", True)
+        session.execute(long_ago)
+    program = (
+        "import sys, time; from service import database; from service.settings import load_settings;"
+        "from worker.device import discover, keep_announcing; settings = load_settings();"
+        "keep_announcing(database.engine(settings), discover(settings, drivers=()), 'a worker', every_seconds=0.05);"
+        "time.sleep(60)"
+    )
+    stage.start("announcer", [sys.executable, "-c", program])
+
+    def lives() -> bool:
+        with database.transaction(stage.bind) as session:
+            (shown,) = devices.page(session)
+        return shown.live and shown.worker == "a worker"
+
+    for _ in range(2):
+        wait_for("an announcement", lives)
+        with database.transaction(stage.bind) as session:
+            session.execute(long_ago)
 
 
 def test_runs_go_side_by_side_while_their_caps_fit(stage: Stage) -> None:
@@ -104,6 +125,7 @@ def test_runs_go_side_by_side_while_their_caps_fit(stage: Stage) -> None:
     assert third.wait(10) == 0
     assert stage.job(jobs[2]).status == "queued"
     assert stage.events(jobs[2], "started") == []
+    stage.redis.flushall()
     stage.request(jobs[0], "cancel")
     stage.end(jobs[0], "cancelled")
     wait_for("the end of a supervisor", lambda: first.poll() == 0 or second.poll() == 0)
