@@ -14,6 +14,7 @@ from service.queue import celery_app
 from service.settings import load_settings
 from worker import device
 from worker.calibrator import calibrate
+from worker.environment import SPIN_COUNT
 
 app = celery_app(
     load_settings().redis_url,
@@ -41,6 +42,8 @@ def announce_device(sender: str, **_: Any) -> None:
     found = device.discover(settings)
     os.environ["SLIMTUNE_DEVICE_KIND"] = found.kind
     os.environ["SLIMTUNE_WORKER_SLOTS"] = str(found.slots)
+    if found.slots > 1:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
     load_settings.cache_clear()
     logger.info("%s", found)
     bind = database.engine(settings)

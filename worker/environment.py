@@ -21,8 +21,8 @@ ALLOWED = (
 )
 """What a trainer may inherit. Anything else, the database URL and keys above all, stays with the supervisor."""
 SPIN_COUNT = 1_000
-"""How long a thread of a trainer spins for its next piece of work before it sleeps (GOMP_SPINCOUNT), unless the
-environment says otherwise. Trainers share the cores: one that spins for long takes them from the others
+"""How long threads of trainers that share cores spin for their next piece of work before they sleep (GOMP_SPINCOUNT),
+unless the environment says otherwise: one that spins for long takes the core from the others
 (docs/decisions/0009-packing-by-bytes.md).
 """
 
@@ -50,7 +50,6 @@ def trainer_environment(threads: int, inherited: Mapping[str, str] | None = None
     source = os.environ if inherited is None else inherited
     kept = {name: source[name] for name in ALLOWED if name in source}
     return {
-        "GOMP_SPINCOUNT": str(SPIN_COUNT),
         **kept,
         **allocator_environment(),
         "OMP_NUM_THREADS": str(threads),
