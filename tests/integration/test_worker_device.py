@@ -121,6 +121,9 @@ def test_runs_go_side_by_side_while_their_caps_fit(stage: Stage) -> None:
     first, second = stage.supervisor(jobs[2]), stage.supervisor(jobs[2])  # whatever the message says
     for job_id in jobs[:2]:
         stage.reach(job_id, 1)
+    with device_slot(stage.settings.data_dir, stage.device, slots=4, wait_seconds=0) as slot:
+        assert slot is not None
+        assert slot.others() == {(job_id, 1): 3 * CAP_BYTES for job_id in jobs[:2]}
     third = stage.supervisor(jobs[2])
     assert third.wait(10) == 0
     assert stage.job(jobs[2]).status == "queued"
