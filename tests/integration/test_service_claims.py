@@ -1,4 +1,9 @@
-"""What a device starts next, on a real database: room, turns, reservations, and the cost of a long queue."""
+"""What a device starts next, on a real database: room, turns, reservations, and the cost of a long queue.
+
+Seen to fail without what they are about: the slots that look at once without the lock on the device's row, what only
+the machine knows of without `held_here`, the drain without its fixed moment, the past of a tenant without
+`usage.charge`.
+"""
 
 from __future__ import annotations
 
@@ -192,7 +197,6 @@ def test_a_job_that_is_being_taken_is_passed(bind: Engine, dataset: Dataset) -> 
 
 
 def test_many_slots_that_look_at_once_never_overfill_the_device(bind: Engine, dataset: Dataset) -> None:
-    """Goes red without the lock on the device's row."""
     for _ in range(5):
         ids = [add(bind, dataset, 400) for _ in range(6)]
         start = threading.Barrier(6)

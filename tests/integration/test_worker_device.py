@@ -116,7 +116,7 @@ def test_an_announcement_is_repeated_and_survives_a_database_that_is_away(stage:
 
 
 def test_runs_go_side_by_side_while_their_caps_fit(stage: Stage) -> None:
-    """Three of 3/8 of the device: two at once, and the third when one of them has ended."""
+    """Three of 3/8 of the device: two at once, and the third when one of them has ended. Fails without `Slot.note`."""
     jobs = [stage.create_job(steps=LONG, memory_cap_bytes=3 * CAP_BYTES) for _ in range(3)]
     first, second = stage.supervisor(jobs[2]), stage.supervisor(jobs[2])  # whatever the message says
     for job_id in jobs[:2]:
