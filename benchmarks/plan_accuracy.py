@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.bench_measure import MIB, ROOT, machine, probe, progress
 from benchmarks.page import Target, at_least, at_most, fill, table, targets_table
 from slim_core.config import FEATURE_MAPS, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
-from slim_core.data.dataset import token_file
+from slim_core.data.tokens import token_file
 from slim_core.planning import Calibration, Workload, plan_job
 from slim_core.planning.costs import PRODUCT_ROWS, PRODUCT_WIDTHS
 from worker.calibrator import measure

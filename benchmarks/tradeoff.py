@@ -22,7 +22,7 @@ import matplotlib as mpl
 from benchmarks.bench_measure import MIB, ROOT, probe
 from benchmarks.page import at_least, at_most
 from slim_core.config import BUILTIN_MODELS, TrainConfig
-from slim_core.data.dataset import token_file
+from slim_core.data.tokens import token_file
 from slim_core.planning import Calibration, Chunking, Plan, Workload, plan_job
 from worker.calibrator import measure
 

@@ -25,10 +25,6 @@ _REFUSED = re.compile(
 _RESET_PEAK_RSS = "5"  # proc_pid_clear_refs(5)
 
 
-READING_EXCESS_BYTES = 8 << 20
-"""A CPU reading may exceed the truth by this much, in a step that maps pages of a library for the first time."""
-
-
 _RESERVE_BYTES = 2 << 20
 """Of the planned peak, for what grows outside the heap of tensors between two readings."""
 

@@ -21,8 +21,9 @@ from worker import outcome
 from worker.environment import trainer_environment
 from worker.lease import LeaseLostError, Watchdog
 from worker.ledger import RETRY_SECONDS, Event, Ledger
-from worker.messages import Done, Failure, ProtocolError, Started, parse
-from worker.outcome import Ending
+from worker.memory_watch import MemoryWatch
+from worker.messages import Device, Done, Failure, ProtocolError, Started, parse
+from worker.outcome import MEMORY_CODE, Ending
 from worker.process import TrainerProcess, tail
 from worker.resume import damage, strays
 from worker.stop import StopRequest
@@ -107,13 +108,21 @@ class Attempt:
         environment = trainer_environment(self._settings.trainer_threads)
         trainer = TrainerProcess(self._command, spec, environment, self._log_path, inherit=(self._slot,))
         try:
-            with Watchdog(self._ledger.lease, trainer.kill):
-                self._watch(trainer)
+            memory = MemoryWatch(trainer.pid, self._job.memory_cap_bytes)
+            with Watchdog(self._ledger.lease, trainer.kill), memory:
+                self._watch(trainer, memory)
         finally:
             status = trainer.close()
         if self._ledger.lease.lost:
             raise LeaseLostError("the watchdog ended the trainer")
+        if memory.exceeded_bytes is not None and self._done is None:
+            self._failure = self._over_the_cap(memory.exceeded_bytes)
         return self._ending(status, self._failure)
+
+    def _over_the_cap(self, held_bytes: int) -> Failure:
+        """The failure of a trainer that did not notice, or whose children held the memory."""
+        message = f"The trainer and what it started held {held_bytes} bytes; {self._job.memory_cap_bytes} are allowed."
+        return Failure(MEMORY_CODE, message, None, None, held_bytes)
 
     def _ending(self, status: int | None, failure: Failure | None) -> Ending:
         return Ending(
@@ -168,14 +177,14 @@ class Attempt:
             "threads": self._settings.trainer_threads,
         }
 
-    def _watch(self, trainer: TrainerProcess) -> None:
+    def _watch(self, trainer: TrainerProcess, memory: MemoryWatch) -> None:
         """Read, steer and write until nothing more can come. Raises FencedError, LeaseLostError."""
         while not trainer.drained:
             if self._ledger.full:  # the trainer waits in its pipe meanwhile
                 time.sleep(POLL_SECONDS)
             else:
                 for line in trainer.read_lines(POLL_SECONDS):
-                    self._take(line)
+                    self._take(line, memory)
             self._steer(trainer)
             self._ledger.beat()
         deadline = time.monotonic() + EXIT_SECONDS
@@ -183,8 +192,11 @@ class Attempt:
             time.sleep(0.02)
             self._ledger.beat()
 
-    def _take(self, line: bytes) -> None:
+    def _take(self, line: bytes, memory: MemoryWatch) -> None:
         match parse(line):
+            case Device(name):
+                if name != "cpu":  # the cap is one of the device's memory, and its allocator keeps it
+                    memory.stop()
             case Started(step):
                 self._ledger.add(Event("training", {"step": step}))
             case Done() as done:

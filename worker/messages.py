@@ -25,6 +25,13 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class Device:
+    """Where the trainer computes, and so whose memory its cap bounds: `cpu` or `cuda`."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Probed:
     """The peak of the planned step's first micro-batch, before anything was trained."""
 
@@ -94,7 +101,7 @@ class Failure:
     peak_bytes: int | None
 
 
-Message = Started | Probed | Metric | Evaluation | Checkpoint | GradientCheck | Done | Failure
+Message = Device | Started | Probed | Metric | Evaluation | Checkpoint | GradientCheck | Done | Failure
 
 
 def parse(line: bytes) -> Message:
@@ -167,6 +174,7 @@ def _failure(fields: dict[str, Any]) -> Failure:
 
 
 _PARSERS: dict[str, Callable[[dict[str, Any]], Message]] = {
+    "device": lambda fields: Device(str(fields["name"])),
     "started": lambda fields: Started(_integer(fields["step"])),
     "probed": lambda fields: Probed(_integer(fields["peak_bytes"])),
     "gradient_check": lambda fields: GradientCheck(

@@ -24,7 +24,7 @@ from slim_core.planning import (
 )
 from worker.messages import Done, Failure
 
-FINAL_CODES = frozenset({"diverged", "dataset_invalid", "model_invalid"})
+FINAL_CODES = frozenset({"diverged", "dataset_invalid", "document_too_large", "model_invalid"})
 """Errors that another attempt would only repeat."""
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,11 @@ def _rest(session: Session, job: ClaimedJob, desired: Desired, ending: Ending) -
 def _over_the_cap(session: Session, job: ClaimedJob, error: dict[str, Any]) -> Job:
     plan = _smaller_plan(session, job) if job.memory_replans < MAX_MEMORY_REPLANS else None
     if plan is None:
-        return runs.finish(session, job.id, job.attempt, JobStatus.FAILED, error=error)
+        tried = (
+            f"{job.memory_replans} smaller plans did not fit either" if job.memory_replans else "no smaller plan fits"
+        )
+        hint = f"raise memory_cap, or train a smaller model or adapters (LoRA): {tried}"
+        return runs.finish(session, job.id, job.attempt, JobStatus.FAILED, error={**error, "hint": hint})
     return runs.release(session, job.id, job.attempt, MEMORY_CODE, progressed=True, plan=plan.to_json(), error=error)
 
 

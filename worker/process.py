@@ -20,18 +20,21 @@ REPORT_FD = "SLIMTUNE_REPORT_FD"
 _MAX_LINE_BYTES = 1 << 20
 _READ_BYTES = 1 << 16
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def die_with_parent() -> Callable[[], None]:
     """A `preexec_fn`: the child gets SIGKILL when the thread that started it ends, however that happens.
 
-    The trainer asks for the same by itself, but only once its interpreter runs; this closes the time before.
+    The trainer asks for the same by itself, but only once its interpreter runs; this closes the time before. What it
+    starts stays its descendant even when a process between them ends: the memory of all of them counts.
     """
     parent = os.getpid()
 
     def in_child() -> None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         if os.getppid() != parent:  # it ended between the fork and the call above
             os._exit(1)
 
@@ -65,7 +68,7 @@ class TrainerProcess:
                     env={**environment, REPORT_FD: str(child_end)},
                     pass_fds=(child_end, *inherit),
                     start_new_session=True,
-                    preexec_fn=die_with_parent(),  # noqa: PLW1509  # two system calls, no lock that a thread could hold
+                    preexec_fn=die_with_parent(),  # noqa: PLW1509  # system calls only, no lock that a thread could hold
                 )
         except BaseException:
             os.close(self._report_fd)

@@ -19,7 +19,7 @@ from worker.ledger import is_outage
 from worker.slot import WAIT_SECONDS, Slot, device_id, device_slot
 from worker.stop import StopRequest
 
-TRAINER_COMMAND = (sys.executable, "-m", "worker.trainer")
+TRAINER_COMMAND = (sys.executable, "-m", "worker.start")
 
 logger = logging.getLogger(__name__)
 

@@ -1,23 +1,12 @@
-"""The trainer: a process of its own that trains one attempt of one job under its cap and reports on a pipe.
-
-    python -m worker.trainer        started by the supervisor; not meant for a shell
-
-One JSON object on stdin says what to do (`worker.attempt` writes it); stdin then stays open, and its end means that the
-supervisor is gone: the trainer dies. Reports are JSON lines on the descriptor that SLIMTUNE_REPORT_FD names. SIGTERM
-asks for a checkpoint and an orderly end. It has no database and no secrets.
+"""The trainer: a process of its own (worker/start.py) that trains one attempt of one job under its cap and reports on
+a pipe. SIGTERM asks for a checkpoint and an orderly end. It has no database and no secrets.
 """
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import errno
-import json
-import os
 import signal
-import subprocess
-import sys
-import threading
 import traceback
 from pathlib import Path
 from typing import Any
@@ -26,32 +15,21 @@ import torch
 
 from slim_core.calibrate import warm_up
 from slim_core.config import ModelConfig, TrainConfig
-from slim_core.data.dataset import BROKEN_DATASET, DatasetError, Windows, token_file, token_path
-from slim_core.memory import READING_EXCESS_BYTES, MemoryMeter, is_out_of_memory, make_meter, pick_device
+from slim_core.data.dataset import Windows
+from slim_core.data.tokens import DatasetError, token_file
+from slim_core.memory import MemoryMeter, is_out_of_memory, make_meter, pick_device
 from slim_core.model import LanguageModel
 from slim_core.planning import Plan
 from slim_core.train import Checkpoint, DivergedError, Done, Evaluation, StepMetrics, TrainingRun
 from slim_core.weights.checkpoint import CheckpointError, load_weights
+from worker.memory_watch import READING_EXCESS_BYTES
+from worker.report import EXIT_DONE, EXIT_ERROR, EXIT_MEMORY, EXIT_STOPPED, Reporter
 
-EXIT_DONE, EXIT_ERROR, EXIT_STOPPED, EXIT_MEMORY = 0, 1, 3, 4
-
-_PR_SET_PDEATHSIG = 1
 _MESSAGE_TYPES = {StepMetrics: "metric", Evaluation: "evaluation", Checkpoint: "checkpoint", Done: "done"}
 
 
 class MemoryCapExceededError(MemoryError):
     """The process holds more than its cap, though no allocation failed."""
-
-
-class Reporter:
-    """Writes messages to the supervisor's pipe."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._pipe = os.fdopen(descriptor, "w", buffering=1, encoding="utf-8")
-
-    def send(self, message_type: str, **fields: Any) -> None:
-        """One message. A number that is not finite is written as Python does; the supervisor makes it null."""
-        self._pipe.write(json.dumps({"type": message_type, **fields}) + "\n")
 
 
 class Stop:
@@ -68,23 +46,16 @@ class Stop:
         return self.requested
 
 
-def main() -> int:
-    """Train as stdin says; the exit status is part of the contract with the supervisor."""
+def main(spec: dict[str, Any], reporter: Reporter) -> int:
+    """Train as `spec` says (`worker.attempt` writes it); returns the exit status."""
     stop = Stop()
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it ended before the call above
-        return EXIT_ERROR
-    spec = json.loads(sys.stdin.readline())
-    threading.Thread(target=_die_at_end_of_stdin, daemon=True).start()
-    reporter = Reporter(int(os.environ["SLIMTUNE_REPORT_FD"]))
     torch.set_num_threads(spec["threads"])
     device = pick_device()
+    reporter.send("device", name=device.type)
     warm_up(device)
     meter = make_meter(device)
     run: TrainingRun | None = None
     try:
-        _tokenise([spec["dataset_path"], spec["validation_path"]])
         meter.enforce_cap(spec["memory_cap_bytes"])
         run = _load(spec, device, meter, stop)
         reporter.send("started", step=run.step)
@@ -94,21 +65,6 @@ def main() -> int:
         step = run.step if run is not None else None
         reporter.send("error", step=step, peak_bytes=meter.peak_bytes(), **_explain(error))
         return EXIT_MEMORY if is_out_of_memory(error) else EXIT_ERROR
-
-
-def _tokenise(paths: list[str | None]) -> None:
-    """Make the token files that are not there yet, in a process of its own: a document is parsed whole, however long it
-    is, and what that takes must not count against the cap or stay in this process's heap. Raises DatasetError.
-    """
-    missing = [path for path in paths if path is not None and not token_path(Path(path)).exists()]
-    if not missing:
-        return
-    command = [sys.executable, "-m", "slim_core.data.dataset", *missing]
-    result = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
-    if result.returncode == BROKEN_DATASET:
-        raise DatasetError(result.stderr.splitlines()[-1])
-    if result.returncode:
-        raise RuntimeError(f"tokenising ended with status {result.returncode}: {result.stderr[-500:]}")
 
 
 def _load(spec: dict[str, Any], device: torch.device, meter: MemoryMeter, stop: Stop) -> TrainingRun:
@@ -181,14 +137,3 @@ def _explain(error: Exception) -> dict[str, str]:
     else:
         code, hint = "trainer_error", "see the job's events for the end of the trainer's log"
     return {"code": code, "message": text, "hint": hint}
-
-
-def _die_at_end_of_stdin() -> None:
-    # The raw descriptor: a buffered read would hold a lock that the interpreter's end wants.
-    while os.read(0, 4096):
-        pass
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

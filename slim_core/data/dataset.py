@@ -1,4 +1,4 @@
-"""Token files and batches. A token file is a plain array of 16-bit little-endian tokens, mapped, never loaded.
+"""Batches from a token file (slim_core/data/tokens.py), which is mapped and never loaded.
 
 Legend: B batch, T sequence length, W windows of T tokens (and one more, the last target) in an epoch.
 """
@@ -6,95 +6,16 @@ Legend: B batch, T sequence length, W windows of T tokens (and one more, the las
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import secrets
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from slim_core.data.tokenizer import DOCUMENT_BORDER
+from slim_core.data.tokens import TOKEN_BYTES, DatasetError
 
-_BLOCK_BYTES = 1 << 20
-_TOKEN = np.dtype("<u2")
-
-
-class DatasetError(ValueError):
-    """A dataset that cannot be trained on; the message says why."""
-
-
-def token_path(source: Path) -> Path:
-    """Where the token file of a `.txt` or `.jsonl` file is, or will be."""
-    return source.with_name("tokens-bytes.bin")
-
-
-def token_file(source: Path) -> Path:
-    """The token file of a `.txt` or `.jsonl` file, made beside it on first use. Memory does not depend on its size.
-
-    Complete or absent, also when the machine stops meanwhile. Raises DatasetError, naming the line, for broken input.
-    """
-    target = token_path(source)
-    if target.exists():
-        return target
-    temporary = target.with_name(f"{target.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            for document in _documents(source):
-                for block in document:
-                    file.write(np.frombuffer(block, np.uint8).astype(_TOKEN).tobytes())
-                file.write(DOCUMENT_BORDER.to_bytes(_TOKEN.itemsize, "little"))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return target
-
-
-def main() -> int:
-    """Make the token files of the arguments: `python -m slim_core.data.dataset FILE ...`; 2 and a reason if one is
-    broken."""
-    try:
-        for name in sys.argv[1:]:
-            token_file(Path(name))
-    except DatasetError as error:
-        sys.stderr.write(f"{error}\n")
-        return BROKEN_DATASET
-    return 0
-
-
-BROKEN_DATASET = 2
-"""Exit status of this module as a program for an input that cannot be trained on; the reason is its last line."""
-
-
-def _documents(source: Path) -> Iterator[Iterator[bytes]]:
-    """Each document as blocks of UTF-8."""
-    with source.open("rb") as file:
-        if source.suffix == ".txt":
-            yield _file_blocks(file)
-            return
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield iter([_text_of(line, number)])
-
-
-def _file_blocks(file: BinaryIO) -> Iterator[bytes]:
-    while block := file.read(_BLOCK_BYTES):
-        yield block
-
-
-def _text_of(line: bytes, number: int) -> bytes:
-    try:
-        text: Any = json.loads(line)["text"]
-        return text.encode()  # type: ignore[no-any-return]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DatasetError(f'line {number}: expected {{"text": "..."}}') from error
+_TOKEN = np.dtype(f"<u{TOKEN_BYTES}")
 
 
 class Windows:
@@ -157,7 +78,3 @@ def permute(index: int, size: int, key: bytes) -> int:
         index = (left << half) | right
         if index < size:
             return index
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""A scripted trainer: a real process that speaks the protocol of `worker.trainer` and computes nothing.
+"""A scripted trainer: a real process that speaks the protocol of `worker.start` and computes nothing.
 
 Run as `python fake_trainer.py OPTIONS` (a JSON object, see `Options`); which is what the supervisor's `command` is for.
 Its "loss" is a function of the step alone, so that a run with interruptions has the curve of one without.
@@ -12,6 +12,7 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -40,6 +41,14 @@ class Options:
     """Say nothing more after this step."""
     flood: int = 0
     """Report this many steps at once, as fast as the pipe takes them."""
+    device: str = "cpu"
+    hold_bytes: int = 0
+    """Private memory that is held from before the first step on ..."""
+    hold_in: str = "trainer"
+    """... by the trainer, a child, or an orphan in a session of its own (a grandchild whose parent has ended) ..."""
+    hold_seconds: float = 0.3
+    hold_attempts: int = 10**9
+    """... in the attempts up to this one."""
     garbage: bool = False
     """Write something that is no message."""
 
@@ -113,6 +122,7 @@ class FakeTrainer:
 
     def run(self) -> int:
         self.trace(event="start", step=self.step, environment=dict(os.environ), threads=self.spec["threads"])
+        self.say("device", name=self.options.device)
         self.say("started", step=self.step)
         self.say("probed", peak_bytes=99_000_000)
         if self.options.garbage:
@@ -121,6 +131,8 @@ class FakeTrainer:
         for _ in range(self.options.flood):
             self.step += 1
             self.metric()
+        if self.options.hold_bytes and self.spec["attempt"] <= self.options.hold_attempts:
+            self.hold()
         total = self.spec["train"]["steps"]
         while self.step < total:
             time.sleep(self.options.step_seconds)
@@ -140,6 +152,25 @@ class FakeTrainer:
         check = {"chunk_length": 64, "compared_with": 32, "relative_error": 1e-7}
         self.say("gradient_check", **check, peak_bytes=100_000_500)
         return 0
+
+    def hold(self) -> None:
+        seconds = self.options.hold_seconds
+        program = f"import time; memory = b'x' * {self.options.hold_bytes}; time.sleep({seconds})"
+        command = [sys.executable, "-c", program]
+        match self.options.hold_in:
+            case "trainer":
+                memory = b"x" * self.options.hold_bytes
+                time.sleep(seconds)
+                del memory
+            case "child":
+                subprocess.run(command, check=True)
+            case "orphan":
+                start = "subprocess.Popen(sys.argv[1:], start_new_session=True, stdout=2)"
+                between = [sys.executable, "-c", f"import subprocess, sys; print({start}.pid)", *command]
+                done = subprocess.run(between, check=True, stdout=subprocess.PIPE)
+                self.trace(event="orphan", orphan=int(done.stdout))
+                time.sleep(seconds)
+        self.trace(event="held")
 
     def _scripted_end(self) -> int | None:
         options = self.options

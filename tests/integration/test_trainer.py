@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,13 +14,15 @@ from typing import Any, TypeVar
 import pytest
 
 from slim_core.config import ModelConfig, OptimizerConfig, TrainConfig
-from slim_core.data.dataset import token_file
+from slim_core.data.tokens import token_file
 from slim_core.planning import Plan
 from slim_core.weights.checkpoint import verify_checkpoint
 from tests.unit.core_support import a_plan, names, write_text
 from worker.environment import trainer_environment
+from worker.memory_watch import MemoryWatch
 from worker.messages import (
     Checkpoint,
+    Device,
     Done,
     Evaluation,
     Failure,
@@ -42,11 +45,11 @@ PLAN = replace(a_plan(100, "reverse", micro_batch=1), check_chunk_length=256)
 ENDLESS = replace(TRAIN, steps=1_000_000, evaluate_every=None)
 CAP_BYTES = 2 << 30
 VALIDATION = ["assert", "assignment", "import"]
-COMMAND = [sys.executable, "-m", "worker.trainer"]
+COMMAND = [sys.executable, "-m", "worker.start"]
 
 
 class Trainer:
-    """A started `python -m worker.trainer` and everything it has said."""
+    """A started `python -m worker.start` and everything it has said."""
 
     def __init__(self, command: list[str], spec: dict[str, Any], log: Path) -> None:
         environment = trainer_environment(threads=1) | {"PYTHONPATH": str(ROOT)}
@@ -124,6 +127,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def test_a_job_runs_to_its_end_resumes_bit_for_bit_and_is_a_start_for_others(start: Start, tmp_path: Path) -> None:
     whole = start()
     assert whole.finish() == 0, tail(whole.log)
+    assert whole.messages.pop(0) == Device("cpu")
     kinds = [type(message) for message in whole.messages]
     three_steps_and_an_evaluation = [Metric, Metric, Metric, Evaluation, Checkpoint]
     assert kinds == [
@@ -153,14 +157,14 @@ def test_a_job_runs_to_its_end_resumes_bit_for_bit_and_is_a_start_for_others(sta
     resumed = start(resume_from=str(folder))
     tuned = start(replace(TRAIN, steps=1, seed=8), initial_weights=str(folder))
     assert resumed.finish() == 0
-    assert resumed.messages[0] == Started(3)
+    assert resumed.messages[1] == Started(3)
     assert resumed.losses == whole.losses[3:]
     assert resumed.of(Evaluation) == whole.of(Evaluation)[1:]
     hashes = [[file["sha256"] for file in trainer.of(Checkpoint)[-1].files] for trainer in (whole, resumed)]
     assert hashes[0] == hashes[1]
 
     assert tuned.finish() == 0
-    assert tuned.messages[0] == Started(0)
+    assert tuned.messages[1] == Started(0)
     assert tuned.losses[0] < whole.losses[0] - 0.05
 
 
@@ -214,7 +218,7 @@ def test_a_cap_that_is_too_small_is_reported_as_such(start: Start, tmp_path: Pat
         assert failure is trainer.messages[-1]
         assert failure.code == "memory_cap_exceeded"
         assert failure.hint
-    assert too_long.messages[0] == Started(0)
+    assert too_long.messages[1] == Started(0)
     failure = too_long.of(Failure)[0]
     assert failure.step == 0
     assert failure.peak_bytes is not None
@@ -223,14 +227,66 @@ def test_a_cap_that_is_too_small_is_reported_as_such(start: Start, tmp_path: Pat
     assert names(tmp_path / "checkpoints-0") == []
 
 
-def test_a_long_document_is_tokenised_outside_the_cap(start: Start, tmp_path: Path) -> None:
-    """Parsing it takes several times its size, which no plan counts."""
-    source = tmp_path / "long" / "data.jsonl"
-    source.parent.mkdir()
-    source.write_text(json.dumps({"text": "one long document " * 2_000_000}) + "\n")
+def long_document(folder: Path, megabytes: int) -> Path:
+    folder.mkdir()
+    source = folder / "data.jsonl"
+    source.write_text(json.dumps({"text": "one long document, that is " * (megabytes * 37_037)}) + "\n")
+    return source
+
+
+def test_a_long_document_is_tokenised_before_the_trainer_grows(start: Start, tmp_path: Path) -> None:
+    """Parsing it takes several times its size, which no plan counts: beside torch there would be no room for it."""
+    source = long_document(tmp_path / "long", megabytes=36)
+    cap = 300 << 20
+    trainer = start(dataset_path=str(source), validation_path=None, memory_cap_bytes=cap)
+    with MemoryWatch(trainer.process.pid, cap) as watch:
+        assert trainer.finish() == 0, tail(trainer.log)
+    assert watch.exceeded_bytes is None
+    assert max(metric.peak_bytes for metric in trainer.of(Metric)) < cap
+
+
+def test_a_document_that_cannot_be_parsed_under_the_cap_is_named(start: Start, tmp_path: Path) -> None:
+    source = long_document(tmp_path / "longer", megabytes=100)
     trainer = start(dataset_path=str(source), validation_path=None, memory_cap_bytes=300 << 20)
-    assert trainer.finish() == 0, tail(trainer.log)
-    assert max(metric.peak_bytes for metric in trainer.of(Metric)) < 300 << 20
+    failure = one_failure(trainer)
+    assert failure.code == "document_too_large"
+    assert str(300 << 20) in failure.message
+    assert failure.hint is not None
+    assert "split" in failure.hint
+    assert names(source.parent) == ["data.jsonl"]
+
+
+UNBOUNDED = """
+import resource, runpy, sys
+import slim_core.memory
+resource.setrlimit = lambda which, limits: None
+slim_core.memory.CpuMeter.peak_bytes = lambda self: 0
+sys.argv = ["worker.start"]
+runpy.run_module("worker.start", run_name="__main__")
+"""
+"""A trainer that neither limits nor measures itself."""
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_trainer_that_lifts_its_own_limit_is_ended(start: Start, watched: bool) -> None:
+    model = replace(MODEL, model_width=128, mlp_width=512)
+    long = replace(ENDLESS, sequence_length=16_384)
+    cap = 300 << 20
+    command = [sys.executable, "-c", UNBOUNDED]
+    trainer = start(long, a_plan(16_384), model, command, memory_cap_bytes=cap)
+    if watched:
+        with MemoryWatch(trainer.process.pid, cap) as watch:
+            while trainer.process.running:
+                time.sleep(0.05)
+        assert trainer.finish() == -9
+        assert watch.exceeded_bytes is not None
+        assert watch.exceeded_bytes > cap
+        assert not trainer.of(Metric)
+    else:
+        trainer.until_step(1)
+        status = Path(f"/proc/{trainer.process.pid}/status").read_text()
+        peak, files = (int(kib) << 10 for kib in re.findall(r"(?:VmHWM|RssFile):\s+(\d+) kB", status))
+        assert peak - files > cap
 
 
 def one_failure(trainer: Trainer) -> Failure:
@@ -264,8 +320,8 @@ def test_what_the_user_can_mend_is_named(start: Start, tmp_path: Path) -> None:
 LIMITED = """
 import resource, runpy, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-sys.argv = ["worker.trainer"]
-runpy.run_module("worker.trainer", run_name="__main__")
+sys.argv = ["worker.start"]
+runpy.run_module("worker.start", run_name="__main__")
 """
 
 

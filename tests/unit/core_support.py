@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from slim_core.config import ModelConfig
-from slim_core.data.dataset import Windows, token_file
+from slim_core.data.dataset import Windows
+from slim_core.data.tokens import token_file
 from slim_core.layers.dropout import NO_DROPOUT, Dropout
 from slim_core.layers.head import IGNORED
 from slim_core.model import LanguageModel

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slim_core.data import dataset, tokenizer
-from slim_core.data.dataset import DatasetError, Windows, permute, token_file
+from slim_core.data import tokenizer
+from slim_core.data.dataset import Windows, permute
+from slim_core.data.tokens import DatasetError, token_file
 from tests.unit.core_support import names
 
 BORDER = tokenizer.DOCUMENT_BORDER
@@ -43,7 +44,7 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
 
 
 def test_a_long_text_file_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "_BLOCK_BYTES", 7)
+    monkeypatch.setattr("slim_core.data.tokens._BLOCK_BYTES", 7)
     content = os.urandom(50)
     assert tokens_of(written(tmp_path, "source.txt", content)) == [*content, BORDER]
 

@@ -158,7 +158,8 @@ def test_every_library_s_word_for_it_is_known(error: Exception) -> None:
 TRAIN = """
 from pathlib import Path
 from slim_core.config import ModelConfig, TrainConfig
-from slim_core.data.dataset import Windows, token_file
+from slim_core.data.dataset import Windows
+from slim_core.data.tokens import token_file
 from slim_core.model import LanguageModel
 from slim_core.planning import Plan
 from slim_core.train import StepMetrics, TrainingRun

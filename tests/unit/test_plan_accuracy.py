@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import plan_accuracy
-from slim_core.data.dataset import token_file
+from slim_core.data.tokens import token_file
 from slim_core.planning import default_calibration
 from tests.unit.core_support import write_text
 

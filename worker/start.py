@@ -1,0 +1,86 @@
+"""A trainer's process from its first instruction: what has to happen before torch is loaded, then the trainer.
+
+    python -m worker.start        started by the supervisor; not meant for a shell
+
+One JSON object on stdin says what to do (`worker.attempt` writes it); stdin then stays open, and its end means that the
+supervisor is gone: the process dies. Datasets are tokenised here, in a child, while this process holds next to nothing:
+both count against the cap. Until torch is loaded SIGTERM simply ends it; there is nothing to save.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from slim_core.data.tokens import BROKEN_DATASET, NO_MEMORY, DatasetError, token_path
+from worker.memory_watch import private_bytes
+from worker.report import EXIT_ERROR, Reporter
+
+_PR_SET_PDEATHSIG = 1
+
+
+class DocumentTooLargeError(Exception):
+    """A document that cannot be parsed under the cap, under whatever plan."""
+
+
+def main() -> int:
+    """Train as stdin says; the exit status is part of the contract with the supervisor (worker/report.py)."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it ended before the call above
+        return EXIT_ERROR
+    spec = json.loads(sys.stdin.readline())
+    threading.Thread(target=_die_at_end_of_stdin, daemon=True).start()
+    reporter = Reporter(int(os.environ["SLIMTUNE_REPORT_FD"]))
+    try:
+        tokenise([spec["dataset_path"], spec["validation_path"]], spec["memory_cap_bytes"])
+    except DatasetError as error:
+        return _refuse(reporter, "dataset_invalid", str(error), "mend the dataset and upload it again")
+    except DocumentTooLargeError as error:
+        hint = "split the longest document of the dataset, or raise memory_cap"
+        return _refuse(reporter, "document_too_large", str(error), hint)
+    from worker import trainer  # noqa: PLC0415  # torch: not before the tokenising is done
+
+    return trainer.main(spec, reporter)
+
+
+def tokenise(paths: list[str | None], cap_bytes: int) -> None:
+    """Make the token files that are not there yet, in a child: a document is parsed whole, and what that takes must
+    not stay in the heap of this process. Together they hold at most the cap.
+
+    Raises DatasetError, DocumentTooLargeError.
+    """
+    missing = [path for path in paths if path is not None and not token_path(Path(path)).exists()]
+    if not missing:
+        return
+    allowed = cap_bytes - private_bytes(os.getpid())
+    command = [sys.executable, "-m", "slim_core.data.tokens", "--memory", str(allowed), *missing]
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    if result.returncode == BROKEN_DATASET:
+        raise DatasetError(result.stderr.splitlines()[-1])
+    if result.returncode == NO_MEMORY:
+        raise DocumentTooLargeError(f"A document takes more than memory_cap ({cap_bytes} bytes) to be parsed.")
+    if result.returncode:
+        raise RuntimeError(f"tokenising ended with status {result.returncode}: {result.stderr[-500:]}")
+
+
+def _refuse(reporter: Reporter, code: str, message: str, hint: str) -> int:
+    reporter.send("error", code=code, message=message, hint=hint, step=None, peak_bytes=None)
+    return EXIT_ERROR
+
+
+def _die_at_end_of_stdin() -> None:
+    # The raw descriptor: a buffered read would hold a lock that the interpreter's end wants.
+    while os.read(0, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
