@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from slim_core.config import LoraConfig
@@ -25,8 +25,12 @@ SHORTEST_CHUNK = 16
 """The planner's shortest. Shorter ones cost time and save nothing: by then the states outweigh the activations."""
 LONGEST_SEQUENCE = 1 << 31
 """Where the search for the longest sequence ends."""
-_LONGEST_SEARCHED = 14
+_LONGEST_SEARCHED = 11
 """Powers of two among the chunk lengths whose memory is compared for it; the least one is short."""
+_INTERPOLATIONS = 8
+"""Steps of that search that take the peak for linear in the length, which it nearly is; then it halves."""
+_SHORTLIST = 6
+"""The schedules of least memory, of which one is still that when the workload is changed a little."""
 _SIMILAR = 1.02
 """Plans within 2 % of the fastest count as equally fast: of those the one that needs least memory wins."""
 
@@ -91,12 +95,13 @@ def plan_job(
     smallest = min(candidates, key=lambda c: (c.peak_bytes, c.step_seconds))
     fitting = [c for c in candidates if c.peak_bytes <= memory_cap_bytes]
     if not fitting:
-        raise _infeasible(workload, memory_cap_bytes, calibration, chunking, smallest)
+        raise _infeasible(workload, memory_cap_bytes, calibration, chunking, candidates)
     fastest = min(c.step_seconds for c in fitting)
     chosen = min(
         (c for c in fitting if c.step_seconds <= fastest * _SIMILAR), key=lambda c: (c.peak_bytes, c.step_seconds)
     )
-    unchunked = _candidate(workload, Schedule(train.sequence_length, "keep", train.batch_size), calibration)
+    whole = Schedule(train.sequence_length, "keep", train.batch_size)
+    unchunked = next((c for c in candidates if c.schedule == whole), None) or _candidate(workload, whole, calibration)
     schedule = chosen.schedule
     return Plan(
         chunk_length=schedule.chunk_length,
@@ -120,8 +125,12 @@ def plan_job(
 
 
 def schedules(workload: Workload, chunking: Chunking | None, max_positions: int | None) -> Iterator[Schedule]:
-    """What the planner considers: chunk lengths 2^i and 3 * 2^i and the whole sequence, halved batches, the policies
-    `keep` and `reverse`. `stride` would never win: `reverse` needs less memory and `keep` less time."""
+    """What the planner considers: chunk lengths 2^i and 3 * 2^i and the whole sequence, and the policies `keep` and
+    `reverse`. `stride` would never win: `reverse` needs less memory and `keep` less time.
+
+    Micro-batches are halved batches of whole sequences, or one sequence in chunks: a longer chunk of fewer sequences
+    has as many positions at once, fewer states and fewer chunks. Under a chunk length of the user's all are considered.
+    """
     sequence_length, whole_batch = workload.train.sequence_length, workload.train.batch_size
     longest = min(sequence_length, max_positions or sequence_length)
     if chunking is None:
@@ -137,7 +146,7 @@ def schedules(workload: Workload, chunking: Chunking | None, max_positions: int 
             policies = ("keep",)  # one chunk: there is nothing to keep or to reverse
         elif chunking is not None:
             policies = (chunking.state_policy,)
-        for batch_size in sorted(batch_sizes):
+        for batch_size in sorted(batch_sizes if chunking is not None or chunk_length == sequence_length else {1}):
             if max_positions is not None and batch_size * chunk_length > max_positions:
                 continue
             for policy in policies:
@@ -202,8 +211,14 @@ def _reason(
 
 
 def _infeasible(
-    workload: Workload, cap: int, calibration: Calibration, chunking: Chunking | None, smallest: Candidate
+    workload: Workload,
+    cap: int,
+    calibration: Calibration,
+    chunking: Chunking | None,
+    candidates: list[Candidate],
 ) -> MemoryCapInfeasibleError:
+    shortlist = sorted(candidates, key=lambda c: (c.peak_bytes, c.step_seconds))[:_SHORTLIST]
+    smallest = shortlist[0]
     longest = _longest_sequence(workload, cap, calibration, chunking)
     suggestions = [f"raise memory_cap to {smallest.peak_bytes} bytes ({_size(smallest.peak_bytes)}) or more"]
     if longest:
@@ -211,10 +226,13 @@ def _infeasible(
         suggestions.append(
             f"shorten sequence_length to {longest} or less" + (", and chunk_length with it" if shorter_chunks else "")
         )
-    if chunking is not None and (least := _least_peak(workload, calibration)) <= cap:
-        suggestions.append(f'set chunking to "auto": the planner has schedules that fit, from {_size(least)} on')
+    if chunking is not None:
+        least = _least_peak(workload, schedules(workload, None, None), calibration)
+        if least <= cap:
+            suggestions.append(f'set chunking to "auto": the planner has schedules that fit, from {_size(least)} on')
     for change, changed in _changes(workload):
-        if (least := _least_peak(changed, calibration, chunking)) <= cap:
+        least = _least_peak(changed, (candidate.schedule for candidate in shortlist), calibration)
+        if least <= cap:
             suggestions.append(f"{change}: the smallest schedule then needs {_size(least)}")
     fixed = smallest.breakdown
     model_bytes = fixed.parameters + fixed.gradients + fixed.optimizer
@@ -246,8 +264,8 @@ def _changes(workload: Workload) -> Iterator[tuple[str, Workload]]:
         yield 'set method to {"type": "lora"}', replace(workload, train=replace(train, lora=LoraConfig()))
 
 
-def _least_peak(workload: Workload, calibration: Calibration, chunking: Chunking | None = None) -> int:
-    return min(predict_peak(workload, schedule, calibration).total for schedule in schedules(workload, chunking, None))
+def _least_peak(workload: Workload, considered: Iterable[Schedule], calibration: Calibration) -> int:
+    return min(predict_peak(workload, schedule, calibration).total for schedule in considered)
 
 
 def _longest_sequence(workload: Workload, cap: int, calibration: Calibration, chunking: Chunking | None) -> int:
@@ -266,17 +284,34 @@ def _longest_sequence(workload: Workload, cap: int, calibration: Calibration, ch
     else:
         policy, own = chunking.state_policy, chunking.chunk_length
 
-    def fits(length: int) -> bool:
-        whole = {length} if chunking is None and length <= 2 * own else set()
-        return any(
-            predict_peak(_with_length(workload, length), Schedule(chunk_length, policy, 1), calibration).total <= cap
-            for chunk_length in {min(own, length), *whole}
-        )
+    def least_peak(length: int) -> int:
+        lengths = {min(own, length)} | ({length} if chunking is None and length <= 2 * own else set())
+        considered = (Schedule(chunk_length, policy, 1) for chunk_length in lengths)
+        return _least_peak(_with_length(workload, length), considered, calibration)
 
-    low, high = 0, LONGEST_SEQUENCE
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return _last_below(least_peak, cap, nearly_linear_from=min(2 * own, LONGEST_SEQUENCE))
+
+
+def _last_below(peak: Callable[[int], int], cap: int, nearly_linear_from: int) -> int:
+    """The largest length up to LONGEST_SEQUENCE whose peak is at most the cap, for a peak that grows; 0 if none."""
+    low, high = nearly_linear_from, LONGEST_SEQUENCE
+    if (high_peak := peak(high)) <= cap:
+        return high
+    if (low_peak := peak(low)) > cap:
+        low, high = 0, low
+        interpolations = 0
+    else:
+        interpolations = _INTERPOLATIONS
+    while high - low > 1:
+        middle = (low + high) // 2
+        if interpolations > 0:
+            interpolations -= 1
+            middle = low + (cap - low_peak) * (high - low) // (high_peak - low_peak)
+            middle = min(max(middle, low + 1), high - 1)
+        if (middle_peak := peak(middle)) <= cap:
+            low, low_peak = middle, middle_peak
+        else:
+            high, high_peak = middle, middle_peak
     return low
 
 
