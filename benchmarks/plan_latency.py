@@ -87,8 +87,7 @@ def running_api(folder: Path) -> Iterator[Api]:
                 "REDIS_URL": settings.redis_url,
                 "SLIMTUNE_DATA_DIR": str(settings.data_dir),
             }
-            migrate = [sys.executable, "-m", "alembic", "upgrade", "head"]
-            subprocess.run(migrate, cwd=ROOT, env=environment, check=True, capture_output=True)
+            migrate(settings)
             _calibrate(settings)
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
@@ -104,6 +103,13 @@ def running_api(folder: Path) -> Iterator[Api]:
                 process.wait()
     finally:
         os.sched_setaffinity(0, cores)
+
+
+def migrate(settings: Settings) -> None:
+    """Make the tables."""
+    command = [sys.executable, "-m", "alembic", "upgrade", "head"]
+    environment = os.environ | {"DATABASE_URL": settings.database_url}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
 
 
 def _calibrate(settings: Settings) -> None:
