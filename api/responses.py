@@ -88,6 +88,7 @@ class BreakdownResponse(_Response):
     logits: int
     workspace: int
     safety: int
+    learned: int = Field(0, description="What earlier jobs of this model held beyond their plans.")
 
 
 class FrontierResponse(_Response):
@@ -113,6 +114,7 @@ class PlanResponse(_Response):
     max_sequence_length: int = Field(description="The longest sequence that this cap can train, other things equal.")
     reason: str
     calibration_source: str
+    calibration_version: int = Field(0, description="Of the stored calibration of the device; 0 for the default.")
     time_factor: float = Field(description="What finished jobs of this model taught about times, in the prediction.")
     frontier: list[FrontierResponse] = Field(description="Plans that no other beats in both memory and time.")
 
@@ -149,8 +151,11 @@ class ProgressResponse(_Response):
     total_steps: int
     tokens: int
     loss: float | None
-    step_seconds: float | None
-    eta_seconds: float | None = Field(description="Until the end, from now; null for a finished job.")
+    step_seconds: float | None = Field(description="Of the last step.")
+    eta_seconds: float | None = Field(
+        description="Until the end, from now: the steps that are left, as the plan predicts them, later by the median "
+        "of the latest ones. Null for a finished job."
+    )
 
 
 class JobError(_Response):
@@ -240,7 +245,7 @@ def _certificate(job: rows.Job) -> dict[str, Any] | None:
 
 
 def _progress(job: rows.Job) -> dict[str, Any]:
-    step_seconds = job.plan["predicted_step_seconds"] if job.step_seconds is None else job.step_seconds
+    typical = job.plan["predicted_step_seconds"] if job.typical_step_seconds is None else job.typical_step_seconds
     ended = JobStatus(job.status) in TERMINAL
     return {
         "step": job.step,
@@ -248,7 +253,7 @@ def _progress(job: rows.Job) -> dict[str, Any]:
         "tokens": job.tokens,
         "loss": job.loss,
         "step_seconds": job.step_seconds,
-        "eta_seconds": None if ended else max(job.total_steps - job.step, 0) * step_seconds,
+        "eta_seconds": None if ended else max(job.total_steps - job.step, 0) * typical,
     }
 
 

@@ -140,10 +140,12 @@ def _under(job: Job, new_cap: NewCap) -> dict[str, Any]:
 
 
 def planned_anew(plan: dict[str, Any]) -> dict[str, Any]:
-    """The columns of a job that another plan changes. The peaks so far were the old one's; its steps keep theirs."""
+    """The columns of a job that another plan changes. The peaks and times so far were the old one's; its steps keep
+    theirs."""
     return {
         "plan": plan,
         "predicted_peak_bytes": plan["predicted_peak_bytes"],
+        "typical_step_seconds": None,
         "probed_peak_bytes": None,
         "measured_peak_bytes": None,
     }

@@ -109,6 +109,9 @@ class Job(Base):
     tokens: Mapped[int] = mapped_column(server_default="0")
     loss: Mapped[float | None]
     step_seconds: Mapped[float | None]
+    """Of the last step."""
+    typical_step_seconds: Mapped[float | None]
+    """Median of the latest steps under the plan."""
     predicted_peak_bytes: Mapped[int]
     probed_peak_bytes: Mapped[int | None]
     """Of the last attempt's first micro-batch, before it trained anything."""
@@ -220,18 +223,20 @@ class ShapeCalibration(Base):
     time_factor: Mapped[float]
     """Measured over predicted time of a step, in the calibration's own prediction."""
     jobs: Mapped[int]
-    """That it was learned from."""
+    """That the factor was learned from."""
+    peak_excess_bytes: Mapped[int] = mapped_column(server_default="0")
+    """What the next plans count with beyond the memory model."""
     updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
 class CalibrationRecord(Base):
-    """What workers measured of a device (slim_core's Calibration)."""
+    """What a worker measured of a device (slim_core's Calibration); the newest one counts, the others are history."""
 
     __tablename__ = "calibrations"
 
     device: Mapped[str] = mapped_column(primary_key=True)
-    version: Mapped[int] = mapped_column(server_default="1")
-    """Counts the reports; a plan made under an older one can be told apart."""
+    version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    """Counts the device's reports; a plan names the one that it was made with."""
     data: Mapped[dict[str, Any]]
     worker: Mapped[str]
-    updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    created_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, select, update
+from sqlalchemy import ColumnElement, ScalarSelect, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -25,6 +25,8 @@ from service.status import TRANSITIONS, Desired, JobStatus
 
 MAX_FAILURES = 3
 """Attempts in a row without a new checkpoint after which a crashing job is given up."""
+TYPICAL_STEPS = 20
+"""The latest steps, whose median says how long the others will take."""
 MAX_LOST_LEASES = 10
 """The same where the worker vanished: seldom the job's fault, but a job that kills its worker must end too."""
 
@@ -165,6 +167,7 @@ def record_metrics(session: Session, job_id: str, attempt: int, rows: Iterable[M
         for row in by_step.values()
     ]
     _upsert_metrics(session, values, tuple(values[0])[2:])
+    session.execute(update(Job).where(Job.id == job_id).values(typical_step_seconds=_typical_seconds(job_id, attempt)))
 
 
 def record_evaluation(session: Session, job_id: str, attempt: int, step: int, loss: float) -> None:
@@ -309,6 +312,12 @@ def _upsert_metrics(session: Session, values: list[dict[str, Any]], replaced: tu
     statement = insert(Metric).values(values)
     excluded = {name: statement.excluded[name] for name in replaced}
     session.execute(statement.on_conflict_do_update(index_elements=[Metric.job_id, Metric.step], set_=excluded))
+
+
+def _typical_seconds(job_id: str, attempt: int) -> ScalarSelect[Any]:
+    mine = (Metric.job_id == job_id, Metric.attempt == attempt, Metric.step_seconds.is_not(None))
+    latest = select(Metric.step_seconds).where(*mine).order_by(Metric.step.desc()).limit(TYPICAL_STEPS).subquery()
+    return select(func.percentile_cont(0.5).within_group(latest.c.step_seconds)).scalar_subquery()
 
 
 def _resting_status(desired: str, otherwise: JobStatus) -> JobStatus:

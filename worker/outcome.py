@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,8 +56,14 @@ class Ending:
 def conclude(session: Session, job: ClaimedJob, desired: Desired, ending: Ending) -> Job:
     """End the run or give the job back, as `ending` and the user's wish have it. Raises FencedError."""
     completed = ending.done is not None and ending.done.reason != "stopped" and ending.failure is None
-    if completed and ending.final_checkpoint:
-        _learn(session, job)
+    succeeded = completed and ending.final_checkpoint
+    _learn(
+        session,
+        job,
+        lambda held: calibrations.learn_peak(session, held, finished=succeeded, over_cap_bytes=_over(ending)),
+    )
+    if succeeded:
+        _learn(session, job, lambda held: calibrations.learn(session, held))
         return runs.finish(session, job.id, job.attempt, JobStatus.SUCCEEDED)
     if _was_stopped(ending):
         return _rest(session, job, desired, ending)
@@ -70,13 +77,20 @@ def conclude(session: Session, job: ClaimedJob, desired: Desired, ending: Ending
     return runs.release(session, job.id, job.attempt, error["code"], progressed=ending.progressed, error=error)
 
 
-def _learn(session: Session, job: ClaimedJob) -> None:
+def _learn(session: Session, job: ClaimedJob, lesson: Callable[[Job], None]) -> None:
     held = runs.hold(session, job.id, job.attempt)
     try:
         with session.begin_nested():
-            calibrations.learn(session, held)
-    except Exception:  # the job is done, whatever its times may teach
-        logger.exception("%s: nothing learned from its times", job.id)
+            lesson(held)
+    except Exception:  # the attempt has ended, whatever it may teach
+        logger.exception("%s: nothing learned from attempt %d", job.id, job.attempt)
+
+
+def _over(ending: Ending) -> int | None:
+    """What an attempt held that its cap has ended."""
+    if ending.failure is None or error_of(ending)["code"] != MEMORY_CODE:
+        return None
+    return ending.failure.peak_bytes
 
 
 def error_of(ending: Ending) -> dict[str, Any]:

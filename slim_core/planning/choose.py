@@ -121,6 +121,7 @@ def plan_job(
         calibration_source=calibration.source,
         time_factor=calibration.time_factor,
         frontier=tuple(_frontier(candidates)),
+        calibration_version=calibration.version,
     )
 
 
@@ -159,14 +160,21 @@ def _check_chunk_length(workload: Workload, cap: int, calibration: Calibration, 
     for length in (whole, own // 2, min(2 * own, whole)):
         if length not in (0, own):
             schedule = Schedule(length, chosen.state_policy, micro_batch_size=1)
-            if predict_peak(workload, schedule, calibration).total <= cap:
+            if _peak(workload, schedule, calibration).total <= cap:
                 return length
     return None
 
 
 def _candidate(workload: Workload, schedule: Schedule, calibration: Calibration) -> Candidate:
-    breakdown = predict_peak(workload, schedule, calibration)
+    breakdown = _peak(workload, schedule, calibration)
     return Candidate(schedule, breakdown, step_seconds(workload, schedule, calibration))
+
+
+def _peak(workload: Workload, schedule: Schedule, calibration: Calibration) -> MemoryBreakdown:
+    """By the memory model, and what jobs of this model taught beside it."""
+    breakdown = predict_peak(workload, schedule, calibration)
+    excess = calibration.peak_excess_bytes
+    return replace(breakdown, learned=excess) if excess else breakdown
 
 
 def _frontier(candidates: list[Candidate]) -> Iterator[FrontierPoint]:
@@ -195,8 +203,10 @@ def _reason(
     ratio = chosen.step_seconds / unchunked.step_seconds
     sentences = [
         f"The unchunked step would need {_size(unchunked.peak_bytes)}, this plan needs {_size(chosen.peak_bytes)}.",
-        f"It is predicted to take {ratio:.2f} x the unchunked time.",
     ]
+    if learned := chosen.breakdown.learned:
+        sentences.append(f"{_size(learned)} of that are what earlier jobs of this model held beyond their plans.")
+    sentences.append(f"It is predicted to take {ratio:.2f} x the unchunked time.")
     if chunking is not None:
         sentences.append("The chunk length and state policy are the ones asked for.")
     else:
@@ -265,7 +275,7 @@ def _changes(workload: Workload) -> Iterator[tuple[str, Workload]]:
 
 
 def _least_peak(workload: Workload, considered: Iterable[Schedule], calibration: Calibration) -> int:
-    return min(predict_peak(workload, schedule, calibration).total for schedule in considered)
+    return min(_peak(workload, schedule, calibration).total for schedule in considered)
 
 
 def _longest_sequence(workload: Workload, cap: int, calibration: Calibration, chunking: Chunking | None) -> int:

@@ -32,6 +32,10 @@ class Calibration(_Json):
     sgd: Update
     time_factor: float = 1.0
     """By how much steps of this model took longer than the numbers above say, in jobs that have finished."""
+    peak_excess_bytes: int = 0
+    """What jobs of this model held beyond the memory model."""
+    version: int = 0
+    """Where it is stored, among those of the device; 0 for one that is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,8 @@ class MemoryBreakdown(_Json):
     logits: int
     workspace: int
     safety: int
+    learned: int = 0
+    """What earlier jobs of this model held beyond their plans (`Calibration.peak_excess_bytes`)."""
 
     @property
     def total(self) -> int:
@@ -76,6 +82,7 @@ class MemoryBreakdown(_Json):
             + self.logits
             + self.workspace
             + self.safety
+            + self.learned
         )
 
 
@@ -119,6 +126,8 @@ class Plan(_Json):
     time_factor: float
     """Of the calibration (`Calibration.time_factor`), and so in the predicted times."""
     frontier: tuple[FrontierPoint, ...]
+    calibration_version: int = 0
+    """Of the calibration (`Calibration.version`)."""
 
 
 class MemoryCapInfeasibleError(ValueError):

@@ -67,6 +67,20 @@ def test_plans_of_the_first_schema_get_what_the_second_one_needs(empty: Engine, 
     assert plan == {"chunk_length": 64, "max_sequence_length": 0, "check_chunk_length": None, "time_factor": 1.0}
 
 
+def test_the_history_of_calibrations_comes_and_goes(empty: Engine, empty_database_url: str) -> None:
+    insert = "INSERT INTO calibrations (device, version, data, worker) VALUES ('cpu', :version, '{}', 'w')"
+    alembic.command.upgrade(config(empty_database_url), "0003")
+    with empty.begin() as connection:
+        connection.execute(sqlalchemy.text(insert), {"version": 7})
+    alembic.command.upgrade(config(empty_database_url), "head")
+    with empty.begin() as connection:
+        connection.execute(sqlalchemy.text(insert), {"version": 8})
+        assert list(connection.scalars(sqlalchemy.text("SELECT version FROM calibrations ORDER BY 1"))) == [7, 8]
+    alembic.command.downgrade(config(empty_database_url), "0003")
+    with empty.begin() as connection:
+        assert list(connection.scalars(sqlalchemy.text("SELECT version FROM calibrations"))) == [8]
+
+
 def test_the_migrated_schema_is_the_orms(database_url: str) -> None:
     alembic.command.check(config(database_url))
 

@@ -283,6 +283,18 @@ def test_finished_jobs_move_times_and_nothing_else() -> None:
     assert (plan.time_factor, slower.time_factor) == (1.0, 3.0)
 
 
+def test_what_jobs_held_beyond_their_plans_is_counted_with_and_named() -> None:
+    taught = replace(CALIBRATION, peak_excess_bytes=30 * MIB, version=4)
+    plain, counting = (plan_job(PTB, NO_CAP, calibration) for calibration in (CALIBRATION, taught))
+    assert counting.breakdown == replace(plain.breakdown, learned=30 * MIB)
+    assert counting.breakdown.total == counting.predicted_peak_bytes == plain.predicted_peak_bytes + 30 * MIB
+    assert counting.minimum_cap_bytes == plain.minimum_cap_bytes + 30 * MIB
+    assert counting.unchunked_peak_bytes == plain.unchunked_peak_bytes + 30 * MIB
+    assert (plain.calibration_version, counting.calibration_version) == (0, 4)
+    assert "30 MiB of that are what earlier jobs of this model held beyond their plans." in counting.reason
+    assert "earlier jobs" not in plain.reason
+
+
 def test_no_model_fits_below_the_runtime() -> None:
     with pytest.raises(MemoryCapInfeasibleError) as caught:
         plan_job(PTB, CALIBRATION.runtime_bytes, CALIBRATION)
