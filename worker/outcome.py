@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -88,9 +89,8 @@ def _learn(session: Session, job: ClaimedJob, lesson: Callable[[Job], None]) -> 
 
 def _over(ending: Ending) -> int | None:
     """What an attempt held that its cap has ended."""
-    if ending.failure is None or error_of(ending)["code"] != MEMORY_CODE:
-        return None
-    return ending.failure.peak_bytes
+    error = error_of(ending)
+    return error.get("peak_bytes") or 0 if error["code"] == MEMORY_CODE else None
 
 
 def error_of(ending: Ending) -> dict[str, Any]:
@@ -151,11 +151,13 @@ def _smaller_plan(session: Session, job: ClaimedJob) -> Plan | None:
     workload = Workload(ModelConfig.from_json(job.model_config), TrainConfig.from_json(job.train))
     try:
         calibration = default_calibration() if stored is None else Calibration.from_json(stored)
-        return plan_job(workload, job.memory_cap_bytes, calibration, max_positions=max_positions)
-    except MemoryCapInfeasibleError:
-        return None
     except ValueError:  # a calibration of another version, which the next worker start replaces
         return None
+    # Better a plan that does not count with what this very attempt has taught than none: its probe will tell.
+    for counting in (calibration, replace(calibration, peak_excess_bytes=0)):
+        with contextlib.suppress(MemoryCapInfeasibleError):
+            return plan_job(workload, job.memory_cap_bytes, counting, max_positions=max_positions)
+    return None
 
 
 def _cause(ending: Ending) -> tuple[str, str | None]:

@@ -116,6 +116,19 @@ def test_an_attempt_over_its_cap_is_planned_anew_with_what_it_taught(bind: Engin
     assert planned_anew.plan["calibration_version"] == 1
 
 
+def test_a_lesson_does_not_stand_in_the_way_of_the_next_attempt(bind: Engine, job: Job) -> None:
+    """With what it counts for, nothing would fit under this job's cap; a smaller plan may all the same."""
+    with transaction(bind) as session:
+        calibrations.store(session, "cpu", "w1", CALIBRATION | {"runtime_bytes": 450 * MB})
+    run = claim(bind, job.id)
+    with transaction(bind) as session:
+        failure = Failure("memory_cap_exceeded", "too much", 1, None, 499 * MB)
+        planned_anew = conclude(session, run, Desired.RUN, Ending(1, 4, None, failure))
+    assert excess(bind, job) > 50 * MB
+    assert planned_anew.status == "queued"
+    assert planned_anew.plan["breakdown"]["learned"] == 0
+
+
 def test_a_succeeded_job_teaches_its_peak(bind: Engine, storage: Storage, job: Job) -> None:
     run = claim(bind, job.id)
     with transaction(bind) as session:
