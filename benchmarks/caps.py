@@ -59,11 +59,11 @@ SPECIFICATIONS = (
     Specification("performer-ptb, T 2,048", {"model": "performer-ptb", "sequence_length": 2_048}),
     Specification("performer-ptb, LoRA, T 2,048", {"model": "performer-ptb", "sequence_length": 2_048, "method": LORA}),
     Specification(
-        "performer-tiny, bfloat16, T 2,048, B 2",
-        {"model": "performer-tiny", "sequence_length": 2_048, "batch_size": 2, "precision": "bfloat16"},
+        "performer-tiny, bfloat16, T 2,048",
+        {"model": "performer-tiny", "sequence_length": 2_048, "precision": "bfloat16"},
     ),
 )
-"""Short ones: at the minimum cap the chunks are the shortest, and hundreds of them take a minute a step."""
+"""Short ones: at the minimum cap the chunks are the shortest, and hundreds of them take long, above all in bfloat16."""
 
 
 def main() -> None:
@@ -131,7 +131,7 @@ def under_all_caps(
             MINIMUM: minimum,
             BETWEEN: math.floor(math.sqrt(minimum * unchunked)),
             PLENTY: math.ceil(1.02 * unchunked),
-            WRONG: math.ceil(1.1 * minimum),
+            WRONG: math.ceil(1.05 * minimum),
         }
         for kind in kinds:
             cap = caps[kind]
