@@ -295,8 +295,9 @@ def _longest_sequence(workload: Workload, cap: int, calibration: Calibration, ch
         policy, own = chunking.state_policy, chunking.chunk_length
 
     def least_peak(length: int) -> int:
-        lengths = {min(own, length)} | ({length} if chunking is None and length <= 2 * own else set())
-        considered = (Schedule(chunk_length, policy, 1) for chunk_length in lengths)
+        considered = [Schedule(min(own, length), policy, 1)]
+        if chunking is None:  # where states outweigh activations, few chunks may be kept for less, or be one
+            considered += [Schedule(min(own, length), "keep", 1), Schedule(length, "keep", 1)]
         return _least_peak(_with_length(workload, length), considered, calibration)
 
     return _last_below(least_peak, cap, nearly_linear_from=min(2 * own, LONGEST_SEQUENCE))
