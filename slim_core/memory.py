@@ -25,8 +25,8 @@ _REFUSED = re.compile(
 _RESET_PEAK_RSS = "5"  # proc_pid_clear_refs(5)
 
 
-_RESERVE_BYTES = 2 << 20
-"""Of the planned peak, for what grows outside the heap of tensors between two readings."""
+_FIRST_RESERVE_BYTES, _RESERVE_BYTES = 12 << 20, 3 << 20
+"""Of the planned peak, for what grows outside the heap of tensors in the first step, and between two later readings."""
 
 
 _UNCOUNTED_BYTES = 256 << 10
@@ -69,7 +69,7 @@ class CpuMeter:
         file_bytes = min(self._file_bytes, _shared_bytes(status))
         self._peak_bytes = max(self._peak_bytes, status["VmHWM"] - file_bytes, status["RssAnon"])
         self._restart(status)
-        self._limit_heap(status)
+        self._limit_heap(status, _RESERVE_BYTES)
         return self._peak_bytes
 
     def enforce_cap(self, cap_bytes: int) -> None:
@@ -82,14 +82,14 @@ class CpuMeter:
 
     def keep_within(self, planned_bytes: int) -> None:
         self._planned_bytes = planned_bytes
-        self._limit_heap(_status())
+        self._limit_heap(_status(), _FIRST_RESERVE_BYTES)
 
-    def _limit_heap(self, status: dict[str, int]) -> None:
+    def _limit_heap(self, status: dict[str, int], reserve_bytes: int) -> None:
         """What the heap of tensors may map: the plan less what else the process holds, which only grows."""
         heap = tensor_heap()
         if heap is not None and self._planned_bytes is not None:
             beside_bytes = status["RssAnon"] - heap.read().mapped
-            heap.set_limit(self._planned_bytes - beside_bytes - _RESERVE_BYTES)
+            heap.set_limit(self._planned_bytes - beside_bytes - reserve_bytes)
 
 
 class CudaMeter:

@@ -29,7 +29,7 @@ _PANEL_INNER, _PANEL_ROWS, _PANEL_COLUMNS, _PANEL_REST = 192, 800, 6450, 8192
 """Numbers in the packed panels of a matrix product."""
 _KERNEL_BYTES = 6 * 256 * 1024
 """Of a product, with those for its two gradients."""
-_KERNEL_BASE_BYTES = 3 * _MIB
+_KERNEL_BASE_BYTES = 6 * _MIB
 _SAVING_BYTES = 4 * _MIB
 """While a checkpoint is written: what is read to be hashed, rows of adapters that are merged."""
 _SAFETY_BYTES = 5 * _MIB
