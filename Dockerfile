@@ -1,6 +1,12 @@
 # Two images: `api` without torch (API, migration, sweeper) and `worker`, which adds it.
 #   docker build --target api -t slimtune-api . && docker build --target worker -t slimtune-worker .
 
+# The trainer's heap is C; no compiler goes into the images.
+FROM python:3.11-slim-bookworm AS heap
+RUN apt-get update -qq && apt-get install -qq --no-install-recommends gcc libc6-dev
+COPY slim_core/tensor_heap.c /
+RUN gcc -O2 -fPIC -shared -fvisibility=hidden -o /_tensor_heap.so /tensor_heap.c
+
 FROM python:3.11-slim-bookworm AS api
 ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin slimtune \
@@ -25,6 +31,7 @@ RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))
       > /tmp/requirements.txt \
  && pip install --quiet -r /tmp/requirements.txt -c requirements.lock \
  && rm /tmp/requirements.txt
+COPY --from=heap /_tensor_heap.so slim_core/
 USER slimtune
 CMD ["python", "-m", "celery", "-A", "worker.app", "worker", "-Q", "slimtune", \
      "--without-gossip", "--without-mingle", "--without-heartbeat", "--loglevel", "INFO"]

@@ -26,6 +26,7 @@ from slim_core.data.tokens import token_file
 from slim_core.planning import Calibration, Workload, plan_job
 from slim_core.planning.costs import PRODUCT_ROWS, PRODUCT_WIDTHS
 from worker.calibrator import measure
+from worker.environment import SPIN_COUNT
 
 STEPS = 2
 LONGEST_STEP_SECONDS = 3.0
@@ -66,6 +67,7 @@ def main() -> None:
 def run(count: int, seed: int) -> Record:
     """`count` specifications, one after the other, planned with a calibration that is measured first."""
     threads = os.cpu_count() or 1
+    os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))  # as a worker with several slots
     calibration = measure(threads)
     records = []
     with tempfile.TemporaryDirectory() as folder:

@@ -6,6 +6,7 @@ python -m slim_core.calibrate --threads 2        # one line of JSON, a `slim_cor
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import statistics
@@ -147,7 +148,7 @@ class _Bench:
             embedding=self._embedding(),
             attention_32=self._attention(head_width=32),
             attention_64=self._attention(head_width=64),
-            state=self._state(),
+            state=self._state,
             block=self._block(),
             sinusoids=self._curves(
                 lambda x: sinusoids(torch.arange(x.shape[1], device=device), _WIDTH, dtype), self._rows, backward=False
@@ -272,7 +273,7 @@ class _Bench:
     def _attention(self, head_width: int) -> Passes:
         """Of one sequence of 1,024 channels, less what its states take."""
         heads = 1024 // head_width
-        state = self._state()
+        state = self._state
         states = heads * head_width * (head_width + 1)
         each = [self._attention_seconds(heads, size // 1024, head_width) for size in SIZES]
         least = self._attention_seconds(1, 1, head_width)
@@ -281,6 +282,7 @@ class _Bench:
             tuple(max(least[1], backward - states * state.backward[0]) for _, backward in each),
         )
 
+    @functools.cached_property
     def _state(self) -> Passes:
         """From one position of many heads and of one."""
         many, one = self._attention_seconds(_HEADS, 1, 64), self._attention_seconds(1, 1, 64)

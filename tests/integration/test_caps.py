@@ -12,6 +12,7 @@ SMALL = caps.Specification("small", {"model": "performer-tiny", "sequence_length
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)  # on a busy machine measuring alone takes a minute
 def test_a_cap_is_refused_or_held_and_a_wrong_plan_mended(settings: Settings) -> None:
     one_thread = settings.model_copy(update={"trainer_threads": 1})
     kinds = (caps.UNDER, caps.MINIMUM, caps.WRONG)

@@ -77,7 +77,7 @@ def test_the_trainer_gets_the_allocator_and_no_secrets(stage: Stage, monkeypatch
     assert set(environment) <= {
         "PATH", "LANG", "LC_ALL", "LC_CTYPE", "PYTHONPATH", "LD_LIBRARY_PATH", "TMPDIR", "PYTHONDONTWRITEBYTECODE",
         "PYTHONUNBUFFERED", "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "OMP_NUM_THREADS",
-        "MKL_NUM_THREADS", "SLIMTUNE_REPORT_FD", "GOMP_SPINCOUNT",
+        "MKL_NUM_THREADS", "SLIMTUNE_REPORT_FD", "GOMP_SPINCOUNT", "LD_PRELOAD", "MKL_DISABLE_FAST_MM",
     }  # fmt: skip
 
 

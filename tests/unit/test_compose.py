@@ -78,8 +78,11 @@ def test_volumes_are_named_and_declared(compose: dict[str, Any]) -> None:
 
 
 def test_images_run_as_a_user_and_only_the_worker_has_torch(compose: dict[str, Any], stages: dict[str, str]) -> None:
-    assert set(stages) == {"api", "worker"}
-    for text in stages.values():
+    assert set(stages) == {"heap", "api", "worker"}
+    assert "gcc" in stages["heap"]
+    assert "COPY --from=heap" in stages["worker"]
+    for text in (stages["api"], stages["worker"]):
+        assert "gcc" not in text
         assert re.findall(r"^USER (\w+)$", text, flags=re.MULTILINE)[-1] == "slimtune"
     assert "['dependencies']" in stages["api"]
     assert "train" not in stages["api"]
