@@ -12,6 +12,7 @@ from api.schemas import ChunkingFields, FullFields, LoraFields, PlanRequest
 from service import base_models, calibrations, datasets, devices
 from service.errors import DatasetTooSmallError
 from service.models import Dataset, Job
+from service.status import JobStatus
 from slim_core.config import (
     BUILTIN_MODELS,
     EarlyStoppingConfig,
@@ -21,7 +22,7 @@ from slim_core.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from slim_core.planning import Calibration, Chunking, Plan, Workload, default_calibration, plan_job
+from slim_core.planning import Calibration, Chunking, Plan, Workload, default_calibration, plan_with_lessons
 from slim_core.planning.memory_model import check_adapters
 
 logger = logging.getLogger(__name__)
@@ -62,8 +63,14 @@ def resolve(session: Session, request: PlanRequest) -> PlannedWorkload:
         chunking = Chunking(request.chunking.chunk_length, request.chunking.state_policy)
         if chunking.chunk_length > request.sequence_length:
             raise InvalidRequestError(("chunking.chunk_length", "must be at most sequence_length"))
-    plan = plan_job(workload, request.memory_cap, _calibration(session, workload), chunking=chunking)
+    plan = plan_with_lessons(workload, request.memory_cap, _calibration(session, workload), chunking=chunking)
     return PlannedWorkload(model=model, base_model_id=base_model_id, train=train, plan=plan)
+
+
+def check_device(session: Session, job: Job) -> None:
+    """Raises MemoryCapExceedsDeviceError for a paused job that no device of today can hold."""
+    if job.status == JobStatus.PAUSED.value:
+        devices.check_cap(session, job.memory_cap_bytes)
 
 
 def replan(session: Session, job: Job, memory_cap: int) -> Plan:
@@ -72,7 +79,7 @@ def replan(session: Session, job: Job, memory_cap: int) -> Plan:
     workload = Workload(ModelConfig.from_json(job.model_config), TrainConfig.from_json(job.train))
     own = job.spec.get("chunking", "auto")
     chunking = None if own == "auto" else Chunking(own["chunk_length"], own["state_policy"])
-    return plan_job(workload, memory_cap, _calibration(session, workload), chunking=chunking)
+    return plan_with_lessons(workload, memory_cap, _calibration(session, workload), chunking=chunking)
 
 
 def _check_rules(request: PlanRequest) -> None:

@@ -104,14 +104,14 @@ def learn_peak(session: Session, job: Job, *, finished: bool, over_cap_bytes: in
     peak = session.scalar(select(func.max(Metric.peak_bytes)).where(*_steps_of_attempt(job))) or 0
     if over_cap_bytes is not None:  # and would have held more
         peak = max(peak, over_cap_bytes, job.memory_cap_bytes + LEAST_EXCESS_BYTES)
-    if peak > planned:
+    if peak > planned + LEAST_EXCESS_BYTES or (peak > planned and over_cap_bytes is not None):
         counted = (job.plan.get("breakdown") or {}).get("learned", 0)
         if (excess := peak - (planned - counted)) > LARGEST_EXCESS * planned:
             return
         known = _lesson(session, device, job)
         known.peak_excess_bytes = max(known.peak_excess_bytes, excess)
         known.updated_at = func.now()
-    elif finished:
+    elif finished and peak <= planned:
         known = _lesson(session, device, job)
         kept = int(known.peak_excess_bytes * (1 - EXCESS_DECAY))
         known.peak_excess_bytes = kept if kept >= LEAST_EXCESS_BYTES else 0

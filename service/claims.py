@@ -79,7 +79,7 @@ def heads() -> TextClause:
             head.expected_seconds
         FROM tenants CROSS JOIN LATERAL (
             SELECT id, tenant, memory_cap_bytes, blocked_since, (total_steps - step) * coalesce(
-                step_seconds, CAST(plan ->> 'predicted_step_seconds' AS double precision)
+                step_seconds, CAST(plan ->> 'predicted_step_seconds' AS double precision), 'Infinity'
             ) AS expected_seconds
             FROM jobs
             WHERE status = 'queued' AND jobs.tenant = tenants.tenant

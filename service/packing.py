@@ -114,9 +114,9 @@ def account(past: float, runs: Iterable[tuple[int, float]]) -> float:
 
 def remembered(charged: int, seconds: float) -> float:
     """What a run of `seconds`, up to now, adds to the average of what its tenant held: bytes, weighted by recency."""
-    return -charged * math.expm1(-seconds / MEMORY_SECONDS)
+    return -charged * math.expm1(-max(seconds, 0) / MEMORY_SECONDS)
 
 
 def forgotten(past: float, seconds: float) -> float:
     """An average of `seconds` ago, as it counts now."""
-    return past * math.exp(-seconds / MEMORY_SECONDS)
+    return past * math.exp(-max(seconds, 0) / MEMORY_SECONDS)

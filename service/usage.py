@@ -38,7 +38,9 @@ def charge(session: Session, job: Job) -> None:
         return
     seconds = session.scalars(select(_seconds_since(Job.claimed_at)).where(Job.id == job.id)).one()
     added = packing.remembered(job.charged_bytes, seconds)
-    kept = TenantUsage.held_bytes * func.exp(-_seconds_since(TenantUsage.updated_at) / packing.MEMORY_SECONDS)
+    # PostgreSQL's exp() raises an error where Python's gives 0, and clocks are set back.
+    constants = func.least(func.greatest(_seconds_since(TenantUsage.updated_at), 0) / packing.MEMORY_SECONDS, 500)
+    kept = TenantUsage.held_bytes * func.exp(-constants)
     now = func.clock_timestamp()
     statement = insert(TenantUsage).values(tenant=job.tenant, held_bytes=added, updated_at=now)
     session.execute(

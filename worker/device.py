@@ -33,6 +33,8 @@ QUERY = (
     "print(json.dumps({'memory_bytes': torch.cuda.get_device_properties(0).total_memory if available else None}))"
 )
 TIMEOUT_SECONDS = 120.0
+_RETRY_SECONDS = 5.0
+"""Between announcements that the database did not hear."""
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +77,13 @@ def keep_announcing(
     """Announce the device for as long as this process lives, in a thread. The database may be away for any time."""
 
     def announce_again() -> None:
+        told = False
         while True:
-            time.sleep(every_seconds)
-            announce(bind, device, worker)
+            if not told:
+                time.sleep(min(every_seconds, _RETRY_SECONDS))
+            told = announce(bind, device, worker)
+            if told:
+                time.sleep(every_seconds)
 
     threading.Thread(target=announce_again, name="announce-device", daemon=True).start()
 

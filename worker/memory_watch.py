@@ -17,6 +17,7 @@ from typing import Self
 READING_EXCESS_BYTES = 8 << 20
 """A CPU reading may exceed the truth by this much, in a step that maps pages of a library for the first time."""
 CHECK_SECONDS = 0.1
+_READINGS_OF_A_LIST = 10
 _BLOCK_BYTES = 1 << 14
 
 
@@ -27,12 +28,15 @@ class ProcessTree:
         self._pid = pid
         self._members = {pid}
         self._newest: bytes | None = None
+        self._readings = 0
 
     def private_bytes(self) -> int:
         """Private resident memory (RssAnon) of all of them now; 0 once they are gone."""
         # All of /proc is read (9 µs a process) only when a process was started since: loadavg's last field names it.
+        # A process that was being forked then is not there yet, so once a second all the same.
         newest = _read("/proc/loadavg").rpartition(b" ")[2]
-        if newest != self._newest:
+        self._readings += 1
+        if newest != self._newest or self._readings % _READINGS_OF_A_LIST == 0:
             self._newest = newest
             self._members = _descendants(self._pid)
         return sum(map(private_bytes, self._members))
@@ -105,10 +109,10 @@ def _descendants(root: int) -> set[int]:
 
 
 def _read(path: str) -> bytes:
-    """The beginning of a file in /proc; empty if its process is gone."""
+    """The beginning of a file in /proc; empty if its process is gone, or somebody else's where these are hidden."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         return b""
     try:
         return os.read(descriptor, _BLOCK_BYTES)

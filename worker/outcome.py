@@ -6,9 +6,10 @@ import contextlib
 import logging
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from service import calibrations, runs
@@ -22,8 +23,9 @@ from slim_core.planning import (
     Plan,
     Workload,
     default_calibration,
-    plan_job,
+    plan_with_lessons,
 )
+from worker.ledger import is_outage
 from worker.messages import Done, Failure
 
 FINAL_CODES = frozenset({"diverged", "dataset_invalid", "document_too_large", "model_invalid"})
@@ -83,7 +85,9 @@ def _learn(session: Session, job: ClaimedJob, lesson: Callable[[Job], None]) -> 
     try:
         with session.begin_nested():
             lesson(held)
-    except Exception:  # the attempt has ended, whatever it may teach
+    except Exception as error:  # the attempt has ended, whatever it may teach
+        if isinstance(error, SQLAlchemyError) and is_outage(error):
+            raise  # the end cannot be written now either; it will be tried again
         logger.exception("%s: nothing learned from attempt %d", job.id, job.attempt)
 
 
@@ -153,10 +157,8 @@ def _smaller_plan(session: Session, job: ClaimedJob) -> Plan | None:
         calibration = default_calibration() if stored is None else Calibration.from_json(stored)
     except ValueError:  # a calibration of another version, which the next worker start replaces
         return None
-    # Better a plan that does not count with what this very attempt has taught than none: its probe will tell.
-    for counting in (calibration, replace(calibration, peak_excess_bytes=0)):
-        with contextlib.suppress(MemoryCapInfeasibleError):
-            return plan_job(workload, job.memory_cap_bytes, counting, max_positions=max_positions)
+    with contextlib.suppress(MemoryCapInfeasibleError):
+        return plan_with_lessons(workload, job.memory_cap_bytes, calibration, max_positions=max_positions)
     return None
 
 

@@ -18,8 +18,9 @@ import sys
 import threading
 from pathlib import Path
 
-from slim_core.data.tokens import BROKEN_DATASET, NO_MEMORY, DatasetError, token_path
+from slim_core.data.tokens import BROKEN_DATASET, NO_MEMORY, NO_SPACE, DatasetError, token_path
 from worker.memory_watch import private_bytes
+from worker.process import die_with_parent
 from worker.report import EXIT_ERROR, Reporter
 
 _PR_SET_PDEATHSIG = 1
@@ -27,6 +28,10 @@ _PR_SET_PDEATHSIG = 1
 
 class DocumentTooLargeError(Exception):
     """A document that cannot be parsed under the cap, under whatever plan."""
+
+
+class DiskFullError(Exception):
+    """No room for a token file."""
 
 
 def main() -> int:
@@ -45,6 +50,11 @@ def main() -> int:
     except DocumentTooLargeError as error:
         hint = "split the longest document of the dataset, or raise memory_cap"
         return _refuse(reporter, "document_too_large", str(error), hint)
+    except DiskFullError as error:
+        return _refuse(reporter, "disk_full", str(error), "free space in the data directory")
+    except Exception as error:  # noqa: BLE001  # whatever it is, the supervisor must hear of it
+        hint = "see the job's events for the end of the trainer's log"
+        return _refuse(reporter, "trainer_error", f"{type(error).__name__}: {error}"[:500], hint)
     from worker import trainer  # noqa: PLC0415  # torch: not before the tokenising is done
 
     return trainer.main(spec, reporter)
@@ -54,18 +64,27 @@ def tokenise(paths: list[str | None], cap_bytes: int) -> None:
     """Make the token files that are not there yet, in a child: a document is parsed whole, and what that takes must
     not stay in the heap of this process. Together they hold at most the cap.
 
-    Raises DatasetError, DocumentTooLargeError.
+    Raises DatasetError, DocumentTooLargeError, DiskFullError.
     """
     missing = [path for path in paths if path is not None and not token_path(Path(path)).exists()]
     if not missing:
         return
     allowed = cap_bytes - private_bytes(os.getpid())
     command = [sys.executable, "-m", "slim_core.data.tokens", "--memory", str(allowed), *missing]
-    result = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    result = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        preexec_fn=die_with_parent(),  # as in TrainerProcess
+    )
     if result.returncode == BROKEN_DATASET:
         raise DatasetError(result.stderr.splitlines()[-1])
     if result.returncode == NO_MEMORY:
         raise DocumentTooLargeError(f"A document takes more than memory_cap ({cap_bytes} bytes) to be parsed.")
+    if result.returncode == NO_SPACE:
+        raise DiskFullError("The disk is full: a dataset's tokens take twice the size of its text.")
     if result.returncode:
         raise RuntimeError(f"tokenising ended with status {result.returncode}: {result.stderr[-500:]}")
 

@@ -98,6 +98,8 @@ def resume(
     With a `memory_cap` a paused job is planned anew under it and goes on from its checkpoint: the chunks change,
     the loss curve does not.
     """
+    if request is None or request.memory_cap is None:
+        workload.check_device(session, jobs.get(session, job_id))
     job = _request(session, job_id, "resume", _new_cap(session, request))
     if job.status == "queued":
         background.add_task(queue.wake, job_id, context.producer)

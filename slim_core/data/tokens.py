@@ -8,10 +8,11 @@ Free of torch and numpy: the process that makes them is small, and what it needs
 from __future__ import annotations
 
 import argparse
+import errno
+import fcntl
 import json
 import os
 import resource
-import secrets
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,9 @@ TOKEN_BYTES = 2
 BROKEN_DATASET = 2
 """Exit status of this module as a program for an input that cannot be trained on; the reason is its last line."""
 NO_MEMORY = 3
-"""... and for a document that cannot be parsed in the memory that it was given."""
+"""... for a document that cannot be parsed in the memory that it was given."""
+NO_SPACE = 4
+"""... and for a full disk."""
 _BLOCK_BYTES = 1 << 20
 
 
@@ -45,18 +48,23 @@ def token_file(source: Path) -> Path:
     target = token_path(source)
     if target.exists():
         return target
-    temporary = target.with_name(f"{target.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            for document in _documents(source):
-                for block in document:
-                    file.write(_tokens(block))
-                file.write(DOCUMENT_BORDER.to_bytes(TOKEN_BYTES, "little"))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary = target.with_name(f"{target.name}.tmp")
+    with source.open("rb") as lock:
+        # One process at a time; what one that was killed has left is overwritten by the next.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            return target
+        try:
+            with temporary.open("wb") as file:
+                for document in _documents(source):
+                    for block in document:
+                        file.write(_tokens(block))
+                    file.write(DOCUMENT_BORDER.to_bytes(TOKEN_BYTES, "little"))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(target)
+        finally:
+            temporary.unlink(missing_ok=True)
     return target
 
 
@@ -76,6 +84,10 @@ def main() -> int:
         return BROKEN_DATASET
     except MemoryError:
         return NO_MEMORY
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        return NO_SPACE
     return 0
 
 

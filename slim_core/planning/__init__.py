@@ -1,6 +1,6 @@
 """The planner: from a memory cap to a schedule. Pure Python, so that the API can answer without torch."""
 
-from slim_core.planning.choose import default_calibration, plan_job
+from slim_core.planning.choose import default_calibration, plan_job, plan_with_lessons
 from slim_core.planning.plan import (
     Calibration,
     Chunking,
@@ -23,4 +23,5 @@ __all__ = [
     "Workload",
     "default_calibration",
     "plan_job",
+    "plan_with_lessons",
 ]

@@ -125,6 +125,23 @@ def plan_job(
     )
 
 
+def plan_with_lessons(
+    workload: Workload,
+    memory_cap_bytes: int,
+    calibration: Calibration,
+    chunking: Chunking | None = None,
+    max_positions: int | None = None,
+) -> Plan:
+    """`plan_job`; where nothing fits only for what earlier jobs held beyond their plans, the plan that does not count
+    with it: better than none, and its probe will tell. Raises as `plan_job` does."""
+    try:
+        return plan_job(workload, memory_cap_bytes, calibration, chunking, max_positions)
+    except MemoryCapInfeasibleError:
+        if not calibration.peak_excess_bytes:
+            raise
+    return plan_job(workload, memory_cap_bytes, replace(calibration, peak_excess_bytes=0), chunking, max_positions)
+
+
 def schedules(workload: Workload, chunking: Chunking | None, max_positions: int | None) -> Iterator[Schedule]:
     """What the planner considers: chunk lengths 2^i and 3 * 2^i and the whole sequence, and the policies `keep` and
     `reverse`. `stride` would never win: `reverse` needs less memory and `keep` less time.

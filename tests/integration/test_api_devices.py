@@ -63,6 +63,11 @@ def test_a_cap_that_no_device_can_hold_is_refused(
     assert client.post(f"/jobs/{job_id}/pause").json()["status"] == "paused"
     refused(client.post(f"/jobs/{job_id}/resume", json={"memory_cap": "3GiB"}))
     assert client.get(f"/jobs/{job_id}").json()["status"] == "paused"
+    with transaction(bind) as session:  # the machine has less now than when the job was made
+        devices.announce(session, Announcement("cpu-here", "cpu", GIB, 4), "celery@here")
+    answer = client.post(f"/jobs/{job_id}/resume")
+    assert (answer.status_code, answer.json()["code"]) == (422, "memory_cap_exceeds_device")
+    assert client.post(f"/jobs/{job_id}/resume", json={"memory_cap": "1GiB"}).json()["status"] == "queued"
 
 
 def test_any_cap_is_planned_while_no_device_has_announced_itself(client: TestClient) -> None:

@@ -68,6 +68,7 @@ def test_every_calibration_is_kept(bind: Engine, job: Job) -> None:
 
 def test_what_a_job_holds_beyond_its_plan_is_counted_with(bind: Engine, job: Job) -> None:
     attempt(bind, job, 399 * MB, finished=True)
+    attempt(bind, job, 403 * MB, finished=True)  # a reading may be too high by as much
     assert excess(bind, job) == 0
     attempt(bind, job, 430 * MB, finished=False)
     assert excess(bind, job) == 30 * MB

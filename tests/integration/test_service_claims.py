@@ -116,6 +116,21 @@ def test_what_a_tenant_held_counts_when_its_job_has_ended(bind: Engine, dataset:
     assert taken(bind) == new
 
 
+@pytest.mark.parametrize("ago", ["60 days", "-60 days"])
+def test_an_account_of_long_ago_or_of_a_clock_set_back_stops_nothing(bind: Engine, dataset: Dataset, ago: str) -> None:
+    """PostgreSQL's exp() raises an error on underflow."""
+    first, second, third = (add(bind, dataset, 300, "old") for _ in range(3))
+    for job_id in (first, second):
+        assert taken(bind) == job_id
+    end(bind, first)
+    with transaction(bind) as session:
+        session.execute(text(f"UPDATE tenant_usage SET updated_at = now() - interval '{ago}'"))
+        session.execute(text("UPDATE jobs SET lease_until = now() - interval '1 s' WHERE status = 'running'"))
+        assert runs.requeue_expired(session) == [second]
+    assert taken(bind) == second
+    assert taken(bind) == third
+
+
 def test_a_large_job_gets_the_device_after_its_patience(bind: Engine, dataset: Dataset) -> None:
     running = add(bind, dataset, 300, "a")
     assert taken(bind) == running

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -96,6 +98,19 @@ def test_a_token_file_is_made_once(tmp_path: Path) -> None:
     first = token_file(source)
     source.unlink()
     assert token_file(source) == first
+
+
+def test_one_process_makes_it_and_what_a_killed_one_left_is_gone(tmp_path: Path) -> None:
+    source = written(tmp_path, "source.txt", b"text")
+    (tmp_path / "tokens-bytes.bin.tmp").write_bytes(b"half")
+    with source.open("rb") as held, ThreadPoolExecutor() as pool:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        waiting = pool.submit(token_file, source)
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.3)
+        fcntl.flock(held, fcntl.LOCK_UN)
+        assert tokens_of(waiting.result(timeout=10).parent / "source.txt") == [*b"text", BORDER]
+    assert names(tmp_path) == ["source.txt", "tokens-bytes.bin"]
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))

@@ -36,6 +36,7 @@ from slim_core.planning import (
     choose,
     default_calibration,
     plan_job,
+    plan_with_lessons,
 )
 from slim_core.planning.choose import LONGEST_SEQUENCE
 from slim_core.planning.costs import Overheads, Update, uniform_costs
@@ -293,6 +294,18 @@ def test_what_jobs_held_beyond_their_plans_is_counted_with_and_named() -> None:
     assert (plain.calibration_version, counting.calibration_version) == (0, 4)
     assert "30 MiB of that are what earlier jobs of this model held beyond their plans." in counting.reason
     assert "earlier jobs" not in plain.reason
+
+
+def test_what_others_taught_refuses_no_job_that_would_fit_without() -> None:
+    taught = replace(CALIBRATION, peak_excess_bytes=300 * MIB)
+    least = smallest_cap(PTB)
+    with pytest.raises(MemoryCapInfeasibleError):
+        plan_job(PTB, least, taught)
+    assert plan_with_lessons(PTB, least, taught) == plan_job(PTB, least, CALIBRATION)
+    assert plan_with_lessons(PTB, NO_CAP, taught) == plan_job(PTB, NO_CAP, taught)
+    with pytest.raises(MemoryCapInfeasibleError) as caught:
+        plan_with_lessons(PTB, least - 1, taught)
+    assert caught.value.minimum_cap_bytes == least
 
 
 def test_no_model_fits_below_the_runtime() -> None:
