@@ -19,6 +19,7 @@
 #include <stdint.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #define PUBLIC __attribute__((visibility("default")))
 #define PAGE ((size_t)4096)
@@ -44,6 +45,7 @@ static size_t capacity, count, idle_count;
 static size_t limit = SIZE_MAX; /* of mapped bytes; only what is idle can be given up for it */
 static size_t mapped, live, peak_live;
 static size_t (*libc_usable_size)(void *);
+static int working; /* from the constructor on, and only where pages are as large as is assumed here */
 
 static size_t home(const char *start) { return ((uintptr_t)start / PAGE * 0x9E3779B97F4A7C15u) >> 20 & (capacity - 1); }
 
@@ -152,12 +154,12 @@ static void make_room(size_t wanted) {
 
 /* Make the pages of a large tensor in one go: they will all be written. Smaller blocks may be what they are not for, like
  * the 256 KiB that oneDNN reserves for every kernel of a few. */
-static void populate(char *start, size_t size) {
+static void populate(char *start, size_t size, size_t present) {
   int before = errno;
   if (size >= HUGE_PAGE) {
-    madvise(start, size, MADV_HUGEPAGE);
+    madvise(start, size, MADV_HUGEPAGE); /* all of it: with two kinds of advice the kernel would see two mappings */
 #ifdef MADV_POPULATE_WRITE
-    madvise(start, size, MADV_POPULATE_WRITE);
+    if (size > present) madvise(start + present, size - present, MADV_POPULATE_WRITE);
 #endif
   }
   errno = before;
@@ -166,7 +168,7 @@ static void populate(char *start, size_t size) {
 static struct block *map(size_t size, int all) {
   char *start = pages(size);
   if (!start) return NULL;
-  if (all) populate(start, size);
+  if (all) populate(start, size, 0);
   mapped += size;
   return add(start, size);
 }
@@ -177,7 +179,7 @@ static struct block *resize(struct block *block, size_t size, int all) {
   char *start = mremap(old.start, old.size, size, MREMAP_MAYMOVE);
   if (start == MAP_FAILED) return NULL;
   forget(block);
-  if (all && size > old.size) populate(start + old.size, size - old.size);
+  if (all && size > old.size) populate(start, size, old.size);
   mapped += size - old.size;
   return add(start, size);
 }
@@ -253,7 +255,7 @@ static int release(void *start) {
 PUBLIC int posix_memalign(void **out, size_t alignment, size_t size) {
   if (alignment % sizeof(void *) || !alignment || alignment & (alignment - 1)) return EINVAL;
   int before = errno;
-  int is_ours = size >= THRESHOLD && alignment <= PAGE && size <= PTRDIFF_MAX;
+  int is_ours = working && size >= THRESHOLD && alignment <= PAGE && size <= PTRDIFF_MAX;
   void *start = is_ours ? allocate(size, 1) : __libc_memalign(alignment, size);
   errno = before;
   if (!start) return ENOMEM;
@@ -262,7 +264,8 @@ PUBLIC int posix_memalign(void **out, size_t alignment, size_t size) {
 }
 
 PUBLIC void *malloc(size_t size) {
-  void *start = size >= THRESHOLD && size <= PTRDIFF_MAX ? allocate(size, 0) : __libc_malloc(size);
+  int is_ours = working && size >= THRESHOLD && size <= PTRDIFF_MAX;
+  void *start = is_ours ? allocate(size, 0) : __libc_malloc(size);
   if (!start) errno = ENOMEM;
   return start;
 }
@@ -272,10 +275,32 @@ PUBLIC void free(void *block) {
   __libc_free(block);
 }
 
+/* A block of ours in another size where that takes no second one; NULL if it would, or `size` is small. */
+static void *in_place(char *start, size_t size) {
+  void *resized = NULL;
+  if (size < THRESHOLD || size > PTRDIFF_MAX) return NULL;
+  size = (size + PAGE - 1) & ~(PAGE - 1);
+  pthread_mutex_lock(&lock);
+  if (reserve()) {
+    struct block *block = find(start);
+    size_t before = block->size;
+    if (size != before) block = size < before ? split(block, size) : resize(block, size, 0);
+    if (block) {
+      resized = block->start;
+      live += size - before;
+      if (live > peak_live) peak_live = live;
+    }
+  }
+  pthread_mutex_unlock(&lock);
+  return resized;
+}
+
 PUBLIC void *realloc(void *block, size_t size) {
   size_t old = size_of(block);
   if (!old) return __libc_realloc(block, size);
-  void *start = size ? malloc(size) : NULL;
+  void *start = in_place(block, size);
+  if (start) return start;
+  start = size ? malloc(size) : NULL;
   if (start) memcpy(start, block, old < size ? old : size);
   if (start || !size) free(block);
   return start;
@@ -319,4 +344,5 @@ static void after_fork(void) { pthread_mutex_unlock(&lock); }
 __attribute__((constructor)) static void start(void) {
   *(void **)&libc_usable_size = dlsym(RTLD_NEXT, "malloc_usable_size");
   pthread_atfork(before_fork, after_fork, after_fork);
+  working = sysconf(_SC_PAGESIZE) == (long)PAGE;
 }

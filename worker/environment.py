@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 
 from slim_core.tensor_heap import THRESHOLD_BYTES, library_path
@@ -35,6 +36,8 @@ def allocator_environment() -> dict[str, str]:
     (docs/decisions/0008-the-tensor-heap.md).
     """
     library = library_path()
+    if library is not None and re.search(r"[\s:]", str(library)):
+        library = None  # the loader takes these for the end of a path
     # With the heap MKL's own cache of buffers, which keeps every size it ever needed, is not needed.
     heap = {} if library is None else {"LD_PRELOAD": str(library), "MKL_DISABLE_FAST_MM": "1"}
     return {

@@ -40,6 +40,7 @@ def main() -> int:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it ended before the call above
         return EXIT_ERROR
+    os.environ.pop("LD_PRELOAD", None)  # this process has what it is for; its children need it not
     spec = json.loads(sys.stdin.readline())
     threading.Thread(target=_die_at_end_of_stdin, daemon=True).start()
     reporter = Reporter(int(os.environ["SLIMTUNE_REPORT_FD"]))

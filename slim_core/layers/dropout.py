@@ -48,7 +48,9 @@ class Dropout:
                 seed = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "little")
                 drawn[row, block - first].bernoulli_(1 - self.rate, generator=torch.Generator().manual_seed(seed))
         skipped = start - first * _BLOCK
-        return drawn.flatten(1, 2)[:, skipped : skipped + length].to(x.device)
+        mask = drawn.flatten(1, 2)[:, skipped : skipped + length]
+        # A view would keep the whole blocks until backward, four times as much for a chunk of 16.
+        return (mask.clone() if mask.numel() < drawn.numel() else mask).to(x.device)
 
 
 NO_DROPOUT = Dropout(rate=0.0, seed=0, step=0, first_row=0)

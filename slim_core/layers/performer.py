@@ -129,7 +129,7 @@ def _exit(added: Pair, entry: Tensor, parts: Segments | None) -> Tensor:
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """total + a b, in place, over (B, H, n) matrices."""
-    total.flatten(0, 2).baddbmm_(a.flatten(0, 2), b.flatten(0, 2))
+    total.view(-1, *total.shape[3:]).baddbmm_(a.flatten(0, 2), b.flatten(0, 2))
     return total
 
 

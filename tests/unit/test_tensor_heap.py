@@ -54,6 +54,7 @@ def child(program: str) -> Any:
         capture_output=True,
         text=True,
         check=False,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -81,7 +82,7 @@ print(json.dumps([first == second, idle.mapped - before.mapped, idle.live - befo
 
 WORKOUT = """
 source = random.Random({seed})
-held, broken, above, largest = {{}}, 0, 0, 0
+held, broken, above, limit = {{}}, 0, 0, None
 for step in range(4000):
     if held and source.random() < 0.5:
         address, (size, mark) = held.popitem() if source.random() < 0.5 else next(iter(held.items()))
@@ -101,23 +102,45 @@ for step in range(4000):
         assert libc.malloc_usable_size(address) >= size
         held[address] = (size, mark)
     if step % 500 == 0:
-        heap.set_limit(before.mapped + source.choice([0, 20, 60, 120, 1 << 20]) * MIB)
-        limit = heap.read().mapped
+        limit = before.mapped + source.choice([0, 20, 60, 120, 200]) * MIB
+        heap.set_limit(limit)
     use = heap.read()
-    largest = max(largest, use.mapped)
+    above += limit is not None and use.mapped > max(limit, use.live)
 ordered = sorted((address, size) for address, (size, _) in held.items())
 overlaps = sum(a + size > b for (a, size), (b, _) in zip(ordered, ordered[1:]))
 for address in held:
     libc.free(address)
 heap.give_back()
-print(json.dumps([broken, overlaps, heap.read().mapped - before.mapped, heap.read().live - before.live]))
+print(json.dumps([broken, above, overlaps, heap.read().mapped - before.mapped, heap.read().live - before.live]))
 """
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_blocks_keep_what_is_in_them_and_go_back_to_the_system(seed: int) -> None:
     """Thousands of blocks of all sizes under changing limits: reused, split, grown, unmapped."""
-    assert child(WORKOUT.format(seed=seed)) == [0, 0, 0, 0]
+    assert child(WORKOUT.format(seed=seed)) == [0, 0, 0, 0, 0]
+
+
+def test_thousands_of_blocks_are_found_again() -> None:
+    """Beyond the table's first sizes, with gaps that deletion leaves and fills."""
+    found = child("""
+source, held, lost = random.Random(0), {}, 0
+for number in range(6000):
+    _, address = aligned(THRESHOLD_BYTES)
+    ctypes.c_uint64.from_address(address).value = number
+    held[address] = number
+    if number % 3 == 0:
+        gone = source.choice(list(held)) if number % 100 == 0 else address
+        lost += ctypes.c_uint64.from_address(gone).value != held.pop(gone)
+        libc.free(gone)
+for address, number in held.items():
+    lost += ctypes.c_uint64.from_address(address).value != number or libc.malloc_usable_size(address) != THRESHOLD_BYTES
+    libc.free(address)
+count, held = len(held), None  # the dictionary itself is a block
+heap.give_back()
+print(json.dumps([count, lost, heap.read().mapped - before.mapped]))
+""")
+    assert found == [4000, 0, 0]
 
 
 def test_at_the_limit_idle_blocks_become_the_new_one() -> None:
@@ -156,6 +179,24 @@ print(json.dumps([code, other is not None, refused, libc.malloc(1 << 62)]))
     assert found == [0, True, 12, None]  # ENOMEM
 
 
+def test_a_block_is_resized_where_there_is_no_room_for_another() -> None:
+    found = child("""
+_, block = aligned(64 * MIB)
+ctypes.memset(block, 5, 64 * MIB)
+status = open("/proc/self/status").read()
+reserved = int(status.split("VmData:")[1].split()[0]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (reserved + 8 * MIB, reserved + 8 * MIB))
+same = libc.realloc(block, 64 * MIB - 100)
+shorter = libc.realloc(same, 40 * MIB)
+longer = libc.realloc(shorter, 44 * MIB)
+use = heap.read()
+kept = all(ctypes.string_at(longer + at, 100) == b"\\x05" * 100 for at in (0, 20 * MIB, 40 * MIB - 100))
+libc.free(longer)
+print(json.dumps([same == block, shorter == block, kept, use.live - before.live, heap.read().live - before.live]))
+""")
+    assert found == [True, True, True, 44 * MIB, 0]
+
+
 def test_every_entry_point_knows_a_block() -> None:
     found = child("""
 _, block = aligned(MIB)
@@ -176,9 +217,10 @@ print(json.dumps([kept, still, overflow, ours, libc.malloc_usable_size(small) >=
 def test_threads_and_forks_find_it_whole() -> None:
     found = child("""
 import os
+rounds = 20_000
 
 def work(number):
-    for round in range(500):
+    for round in range(rounds):
         _, block = aligned(THRESHOLD_BYTES * (1 + (number + round) % 7))
         ctypes.memset(block, number, 4096)
         libc.free(block)
@@ -189,6 +231,7 @@ for thread in threads:
 codes = []
 for _ in range(20):
     if (child := os.fork()) == 0:
+        rounds = 100
         work(9)
         os._exit(0)
     codes.append(os.waitpid(child, 0)[1])
