@@ -36,9 +36,11 @@ from service import calibrations, database, events, jobs
 from service.models import Job
 from service.settings import Settings
 from slim_core.planning import Calibration
+from worker import device
 from worker.calibrator import measure
 from worker.supervisor import supervise
 
+_NO_CAP = 1 << 50
 STEPS = 2
 ALLOWED_EXCESS = 1.03
 UNDER, MINIMUM, BETWEEN, PLENTY, WRONG = "1 % under", "minimum", "between", "above unchunked", "plan for twice the cap"
@@ -120,11 +122,12 @@ def run() -> Record:
 def under_all_caps(
     specification: Specification, settings: Settings, calibration: Calibration, kinds: Collection[str] = KINDS
 ) -> Iterator[Record]:
-    """One record for each kind of cap."""
+    """One record for each kind of cap, on a device that no cap exceeds."""
+    settings = settings.model_copy(update={"device_memory_bytes": _NO_CAP})
     with _client(settings, calibration) as (client, bind):
         dataset = client.post("/datasets", files={"file": ("data.txt", "\n".join(topics.values()))}).json()["id"]
         body = {"steps": STEPS, "dataset": dataset, **specification.fields}
-        free = client.post("/plans", json={**body, "memory_cap": 1 << 50}).json()
+        free = client.post("/plans", json={**body, "memory_cap": _NO_CAP}).json()
         minimum, unchunked = free["minimum_cap_bytes"], free["unchunked_peak_bytes"]
         caps = {
             UNDER: math.floor(0.99 * minimum),
@@ -165,7 +168,10 @@ def _supervised(job_id: str, cap: int, settings: Settings, bind: Engine) -> Reco
         session.execute(update(Job).where(Job.id == job_id).values(memory_cap_bytes=cap))
     chunks = []
     while (job := _job(bind, job_id)).status == "queued":
+        if job.attempt < len(chunks):
+            raise RuntimeError(f"{job_id} was not claimed")
         chunks.append(job.plan["chunk_length"])
+        device.announce(bind, device.discover(settings, drivers=()), "caps")
         supervise(job_id, settings)
     with database.transaction(bind) as session:
         failures = [row.data["error"] for row in events.page(session, job_id)[0] if row.type == "trainer_failed"]
