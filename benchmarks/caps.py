@@ -166,7 +166,7 @@ def _supervised(job_id: str, cap: int, settings: Settings, bind: Engine) -> Reco
     """Run the job under `cap`, whatever it was planned for, attempt after attempt: how each ended, and its peak."""
     with database.transaction(bind) as session:
         session.execute(update(Job).where(Job.id == job_id).values(memory_cap_bytes=cap))
-    chunks = []
+    chunks: list[int] = []
     while (job := _job(bind, job_id)).status == "queued":
         if job.attempt < len(chunks):
             raise RuntimeError(f"{job_id} was not claimed")
