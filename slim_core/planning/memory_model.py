@@ -9,6 +9,7 @@ Symbols: S layers, D model width, H heads, K head width, M features per head, F 
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -66,7 +67,8 @@ def predict_peak(workload: Workload, schedule: Schedule, calibration: Calibratio
     at_head = _bytes(head_sites(model, train), positions) + logits
     in_attention = _bytes(attention_sites(model, train, block), padded) - _bytes(_saved_by_mlp(model, train), positions)
     into_mlp, in_activation = (_bytes(sites, positions) for sites in mlp_sites(model, train))
-    into_mlp += product_bytes(positions, model.model_width, model.mlp_width, calibration.threads)
+    # Of SwiGLU the wider product is the one of the forward pass, when hardly less is saved.
+    into_mlp += product_bytes(positions, model.model_width, model.mlp_in_width, calibration.threads)
     in_layer = max(in_attention, into_mlp, in_activation)
 
     frozen, trained = num_frozen(model, train), num_trained(model, train)
@@ -75,7 +77,7 @@ def predict_peak(workload: Workload, schedule: Schedule, calibration: Calibratio
     optimizer = optimizer_bytes(model, train)
     states = state_bytes(model, schedule.state_policy, num_chunks, batch)
     in_backward = saved + max(at_head, in_layer) + _cast_bytes(model, train)
-    workspace = max(in_backward, max(_update_bytes(model, train), _SAVING_BYTES) - states) - saved - logits
+    workspace = max(in_backward, max(update_bytes(model, train), _SAVING_BYTES) - states) - saved - logits
     workspace += _token_bytes(train.sequence_length, batch) + _kernel_bytes(model, train)
     return MemoryBreakdown(
         runtime=calibration.runtime_bytes,
@@ -111,8 +113,9 @@ def num_frozen(model: ModelConfig, train: TrainConfig) -> int:
 def layer_matrices(model: ModelConfig) -> dict[str, tuple[int, int]]:
     """The linear layers of a block by name, (outputs, inputs)."""
     d, f = model.model_width, model.mlp_width
-    shapes = {"query": (d, d), "key_value": (2 * d, d), "mlp_in": (model.mlp_in_width, d), "mlp_out": (d, f)}
-    return shapes | ({"output": (d, d)} if model.output_projection else {})
+    output = {"output": (d, d)} if model.output_projection else {}
+    mlp = {"mlp_in": (model.mlp_in_width, d), "mlp_out": (d, f)}
+    return {"query": (d, d), "key_value": (2 * d, d), **output, **mlp}
 
 
 def check_adapters(model: ModelConfig, lora: LoraConfig) -> None:
@@ -125,17 +128,20 @@ def check_adapters(model: ModelConfig, lora: LoraConfig) -> None:
 
 def _trained_matrices(model: ModelConfig, train: TrainConfig) -> list[tuple[int, int]]:
     """Shapes of every matrix that is updated."""
+    return [shape for group in _update_groups(model, train) for shape in group]
+
+
+def _update_groups(model: ModelConfig, train: TrainConfig) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The same as the optimiser goes through them: matrices that decay, then embeddings (`slim_core.optim`)."""
     blocks = layer_matrices(model)
     if train.lora is not None:
         rank = train.lora.rank
-        pairs = [blocks[name] for name in train.lora.targets]
-        return [shape for rows, columns in pairs for shape in ((rank, columns), (rows, rank))] * model.num_layers
-    ends = [(model.vocab_size, model.embedding_width)]
-    if not model.tied_embeddings:
-        ends.append((model.vocab_size, model.model_width))
-    if model.max_positions is not None:
-        ends.append((model.max_positions, model.model_width))
-    return [*blocks.values()] * model.num_layers + ends
+        pairs = [blocks[name] for name in blocks if name in train.lora.targets]
+        return [shape for rows, columns in pairs for shape in ((rank, columns), (rows, rank))] * model.num_layers, []
+    head = [] if model.tied_embeddings else [(model.vocab_size, model.model_width)]
+    positions = [] if model.max_positions is None else [(model.max_positions, model.model_width)]
+    embeddings = [(model.vocab_size, model.embedding_width), *positions]
+    return [*blocks.values()] * model.num_layers + head, embeddings
 
 
 def optimizer_bytes(model: ModelConfig, train: TrainConfig) -> int:
@@ -152,11 +158,13 @@ def optimizer_bytes(model: ModelConfig, train: TrainConfig) -> int:
             return FLOAT * (vectors + sum(rows + columns for rows, columns in matrices))
 
 
-def _update_bytes(model: ModelConfig, train: TrainConfig) -> int:
-    """What the optimiser's step holds for a moment: Adafactor the update of one matrix, the others nothing."""
+def update_bytes(model: ModelConfig, train: TrainConfig) -> int:
+    """What the optimiser's step holds for a moment: Adafactor the update of a matrix while that of the one before is
+    still there, the others nothing."""
     if train.optimizer.name != "adafactor":
         return 0
-    return FLOAT * max(rows * columns for rows, columns in _trained_matrices(model, train))
+    sizes = [[0, *(rows * columns for rows, columns in group)] for group in _update_groups(model, train)]
+    return FLOAT * max(sum(pair) for group in sizes for pair in itertools.pairwise(group))
 
 
 def _cast_bytes(model: ModelConfig, train: TrainConfig) -> int:

@@ -28,7 +28,9 @@ from slim_core.planning.memory_model import (
     saved_in_blocks,
     saved_sites,
     state_bytes,
+    update_bytes,
 )
+from slim_core.tensor_heap import library_path
 from slim_core.weights.lora import add_adapters
 from tests.unit.core_support import small_config, write_text
 from worker.environment import trainer_environment
@@ -335,6 +337,40 @@ def test_the_sites_are_what_autograd_saves(changes: dict[str, Any], options: dic
     counted = length * sum(count * width for count, width in [*sites, *final_norm, grad_hidden])
     assert loss.requires_grad
     assert found == pytest.approx(counted, rel=0.04)
+
+
+UPDATE = """
+from slim_core.config import ModelConfig, OptimizerConfig
+from slim_core.model import LanguageModel
+from slim_core.optim import make_optimizer
+from slim_core.tensor_heap import tensor_heap
+
+model = LanguageModel(ModelConfig.from_json(arguments["model"])).initialize(0)
+optimizer = make_optimizer(model, OptimizerConfig(arguments["optimizer"]))
+heap = tensor_heap()
+before = heap.read(restart=True).live
+optimizer.step()
+print(json.dumps(heap.read().peak_live - before))
+"""
+
+
+@pytest.mark.skipif(library_path() is None, reason="built without a C compiler")
+@pytest.mark.parametrize(
+    ("changes", "optimizer"),
+    [
+        ({}, "adafactor"),
+        ({"activation": "swiglu", "output_projection": False}, "adafactor"),
+        ({"vocab_size": 6000, "num_layers": 1}, "adafactor"),
+        ({"vocab_size": 9000, "num_layers": 1, "tied_embeddings": True}, "adafactor"),
+        ({}, "adamw"),
+        ({}, "sgd"),
+    ],
+)
+def test_the_update_holds_what_is_counted(changes: dict[str, Any], optimizer: Any) -> None:
+    model = ModelConfig.from_json({"num_layers": 2, "model_width": 256, "num_heads": 4, "mlp_width": 1024, **changes})
+    train = TrainConfig(sequence_length=8, batch_size=1, steps=1, optimizer=OptimizerConfig(optimizer))
+    held = child(UPDATE, model=model.to_json(), optimizer=optimizer)
+    assert held == pytest.approx(update_bytes(model, train), rel=0.05, abs=MIB // 4)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "sgd"])
