@@ -1,8 +1,9 @@
 """How much memory a plan needs: one named term per place that holds it, derived from what the code saves for backward.
 
 Whoever changes a layer in `slim_core.layers` or `slim_core.model` changes its term here. Terms count bytes per
-position of a chunk (micro-batch b, chunk length C: b * C positions). There is no term for holes: the trainer's heap of
-tensors has none, and what it keeps idle it gives up at the planned peak (`slim_core.tensor_heap`, docs/decisions).
+position of a chunk (micro-batch b, chunk length C: b * C positions). The trainer's heap of tensors has no holes, and
+what it keeps idle it gives up at the planned peak (`slim_core.tensor_heap`, docs/decisions); the smallest tensors alone
+lie in glibc's, which has.
 
 Symbols: S layers, D model width, H heads, K head width, M features per head, F MLP width, V vocabulary, L = 64 block.
 """
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 from slim_core.config import LoraConfig, ModelConfig, TrainConfig
 from slim_core.planning.plan import Calibration, MemoryBreakdown, StatePolicy, Workload
+from slim_core.tensor_heap import THRESHOLD_BYTES
 
 HALF = 2
 FLOAT = 4
@@ -34,7 +36,10 @@ _KERNEL_BASE_BYTES = 6 * _MIB
 _SAVING_BYTES = 4 * _MIB
 """While a checkpoint is written: what is read to be hashed, rows of adapters that are merged."""
 _SAFETY_BYTES = 5 * _MIB
-"""Small tensors in the holes of glibc's heap, and first-use buffers of the libraries."""
+"""First-use buffers of the libraries, and what is small beside a chunk's tensors."""
+_HOLES = 0.95
+"""Of saved tensors that are too small for the heap of tensors: holes in glibc's, as measured there for what comes and
+goes between (docs/decisions/0003-allocator.md)."""
 _SAFETY_FRACTION = 0.02
 """Of what a step holds for a while: page rounding, temporaries that no term names."""
 
@@ -61,7 +66,9 @@ def predict_peak(workload: Workload, schedule: Schedule, calibration: Calibratio
     block = min(BLOCK, chunk_length)
     padded = batch * math.ceil(chunk_length / block) * block
 
-    saved = _bytes(saved_sites(model, train), positions) + _bytes(saved_in_blocks(model, train), padded)
+    in_rows, in_blocks = saved_sites(model, train), saved_in_blocks(model, train)
+    saved = _bytes(in_rows, positions) + _bytes(in_blocks, padded)
+    holes = int(_HOLES * (_small_bytes(in_rows, positions) + _small_bytes(in_blocks, padded)))
     rows = min(positions, head_block_rows(model.vocab_size))
     logits = _head_bytes(model, train, rows, calibration.threads)
     at_head = _bytes(head_sites(model, train), positions) + logits
@@ -88,7 +95,7 @@ def predict_peak(workload: Workload, schedule: Schedule, calibration: Calibratio
         activations=saved,
         logits=logits,
         workspace=workspace,
-        safety=_SAFETY_BYTES + int(_SAFETY_FRACTION * (states + saved + logits + workspace)),
+        safety=_SAFETY_BYTES + holes + int(_SAFETY_FRACTION * (states + saved + logits + workspace)),
     )
 
 
@@ -342,6 +349,11 @@ def attention_sites(model: ModelConfig, train: TrainConfig, block: int) -> list[
 
 def _bytes(sites: list[Site], positions: int) -> int:
     return positions * sum(count * width for count, width in sites)
+
+
+def _small_bytes(sites: list[Site], positions: int) -> int:
+    """Of the tensors that are not blocks of the heap of tensors."""
+    return max(0, _bytes([(count, width) for count, width in sites if positions * width < THRESHOLD_BYTES], positions))
 
 
 def state_bytes(model: ModelConfig, policy: StatePolicy, num_chunks: int, batch: int) -> int:
