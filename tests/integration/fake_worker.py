@@ -14,10 +14,12 @@ from celery.signals import celeryd_after_setup
 
 from service.queue import TASK
 from service.settings import load_settings
+from tests.chaos import guards
 from worker.app import app, calibrate_once
 from worker.supervisor import supervise
 
 celeryd_after_setup.disconnect(calibrate_once)  # seconds of computing in every test
+guards.remove_as_told()
 app.conf.include = ["tests.integration.fake_worker"]
 
 

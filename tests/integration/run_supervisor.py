@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 from service.settings import load_settings
+from tests.chaos import guards
 from worker.supervisor import supervise
 
 FAKE_TRAINER = Path(__file__).with_name("fake_trainer.py")
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    guards.remove_as_told()
     supervise(sys.argv[1], load_settings(), command=[sys.executable, str(FAKE_TRAINER), sys.argv[2]])
