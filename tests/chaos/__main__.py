@@ -78,7 +78,7 @@ def inflict_all(faults: list[Fault], seed: int, *, short: bool) -> dict[str, Rec
 def inflict(fault: Fault, arena: Arena, cycles: int) -> Record:
     """One fault, so many times; prints its line."""
     began = time.monotonic()
-    violations = list(fault.inflict(arena, cycles))
+    violations = fault.violations(arena, cycles)
     seconds = time.monotonic() - began
     print(
         f"{fault.name:12} {cycles:6} {fault.unit:22} {len(violations):3} violations {seconds:7.1f} s  {fault.title}",

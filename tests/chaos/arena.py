@@ -33,6 +33,8 @@ class Arena:
     seed: int
     guard: str | None = None
     """One that is removed, so that the oracle must find a violation."""
+    patience_seconds: float = 90.0
+    """For what takes a second or two on a machine that does nothing else."""
     recoveries: list[float] = field(default_factory=list)
     """Seconds from each fault until the job went on: what a user would have waited."""
     random: random.Random = field(init=False)

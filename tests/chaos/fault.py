@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -28,3 +29,12 @@ class Fault:
     inflict: Inflict
     guards: tuple[str, ...] = ()
     """Names in tests/chaos/guards.py: without any one of these the oracle must find a violation."""
+
+    def violations(self, arena: Arena, cycles: int, at_most: int | None = None) -> list[str]:
+        """What went wrong; `at_most` so many. What a fault waits for and does not come is a violation, its last one."""
+        found: list[str] = []
+        try:
+            found.extend(itertools.islice(self.inflict(arena, cycles), at_most))
+        except AssertionError as error:
+            found.append(str(error).splitlines()[0])
+        return found

@@ -2,26 +2,81 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from sqlalchemy import true
+from sqlalchemy import true, update
+from sqlalchemy.orm import Session
 
+from service import claims
 from service.models import Job
+from service.queue import celery_app
+from service.runs import ClaimedJob
+from worker.ledger import Ledger
 
 VARIABLE = "SLIMTUNE_TEST_WITHOUT"
 """Names the guard that processes of the tests start without (`remove_as_told`)."""
 
 
-def _fence() -> Any:
-    """Writes hold whatever the attempt and the state of the job."""
-    return patch("service.runs._fence", lambda job_id, _attempt: (Job.id == job_id, true()))
+def _claim_what_runs() -> Any:
+    next_job = claims.next_job
+
+    def next_of_any(session: Session, *arguments: Any, **options: Any) -> ClaimedJob | None:
+        session.execute(update(Job).where(Job.status == "running").values(status="queued", lease_until=None))
+        return next_job(session, *arguments, **options)
+
+    return patch("service.claims.next_job", next_of_any)
 
 
-REMOVE: dict[str, Callable[[], Any]] = {"fence": _fence}
+def _forget_reports() -> Any:
+    write = Ledger.write
+
+    def write_once(ledger: Ledger, *arguments: Any) -> bool:
+        if write(ledger, *arguments):
+            return True
+        ledger._pending.clear()
+        return False
+
+    return patch.object(Ledger, "write", write_once)
+
+
+def _weights_only(model: Any, _optimizer: Any, folder: Path) -> dict[str, Any]:
+    checkpoint = importlib.import_module("slim_core.weights.checkpoint")  # torch: only where it is wanted
+    checkpoint.load_weights(model, folder)
+    training: dict[str, Any] = json.loads((folder / "training.json").read_text())
+    return training
+
+
+REMOVE: dict[str, Callable[[], Any]] = {
+    # Writes hold whatever the attempt and the state of the job.
+    "fence": lambda: patch("service.runs._fence", lambda job_id, _attempt: (Job.id == job_id, true())),
+    # A run goes on however long the database was silent.
+    "self-kill": lambda: patch("worker.lease.Lease.lost", False),
+    # A trainer does not end with its supervisor; the fake trainer has an option for the rest.
+    "lifeline": lambda: patch("worker.process.die_with_parent", lambda: None),
+    # Several sweepers work at once.
+    "advisory lock": lambda: patch("service.database.try_lock", lambda _session, _key: True),
+    # A job may fail as often as it likes.
+    "failures": lambda: patch.dict("service.runs.release.__kwdefaults__", max_failures=10**9),
+    # A message starts what runs already.
+    "claim": _claim_what_runs,
+    # What cannot be written now is forgotten.
+    "kept reports": _forget_reports,
+    # Nobody repeats a message that was lost.
+    "repeated wakes": lambda: patch("worker.sweeper._wake", lambda _app, _waiting, _slots: None),
+    # Nobody takes back a lease that ran out.
+    "lease sweep": lambda: patch("service.runs.requeue_expired", lambda _session: []),
+    # A resumed run has the weights, and an optimiser that begins anew.
+    "moments": lambda: patch("slim_core.train.load_training", _weights_only),
+    # A message is sent however long the broker takes.
+    "publish deadline": lambda: patch.multiple("service.queue", PUBLISH_SECONDS=60.0, producer=celery_app),
+}
 
 
 @contextmanager

@@ -4,5 +4,7 @@ from __future__ import annotations
 
 from tests.chaos.fault import Fault
 from tests.chaos.processes import PROCESSES
+from tests.chaos.servers import SERVERS
+from tests.chaos.training import TRAINING
 
-FAULTS: tuple[Fault, ...] = (*PROCESSES,)
+FAULTS: tuple[Fault, ...] = (*TRAINING, *PROCESSES, *SERVERS)

@@ -6,7 +6,9 @@ Its "loss" is a function of the step alone, so that a run with interruptions has
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import hashlib
 import json
 import os
@@ -49,6 +51,8 @@ class Options:
     hold_seconds: float = 0.3
     hold_attempts: int = 10**9
     """... in the attempts up to this one."""
+    outlive: bool = False
+    """Do not end with the supervisor."""
     garbage: bool = False
     """Write something that is no message."""
 
@@ -63,7 +67,9 @@ class FakeTrainer:
         self.stop = False
         signal.signal(signal.SIGTERM, signal.SIG_IGN if options.ignore_sigterm else self._stop)
         self.spec: dict[str, Any] = json.loads(sys.stdin.buffer.readline())
-        threading.Thread(target=self._die_at_end_of_stdin, daemon=True).start()
+        if not options.outlive:
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
+            threading.Thread(target=self._die_at_end_of_stdin, daemon=True).start()
         self.report_fd = int(os.environ["SLIMTUNE_REPORT_FD"])
         self.checkpoints = Path(self.spec["checkpoints_dir"])
         self.step = 0
@@ -81,8 +87,9 @@ class FakeTrainer:
 
     def say(self, kind: str, **fields: Any) -> None:
         data = json.dumps({"type": kind, **fields}).encode() + b"\n"
-        while data:
-            data = data[os.write(self.report_fd, data) :]
+        with contextlib.suppress(*([BrokenPipeError] if self.options.outlive else [])):
+            while data:
+                data = data[os.write(self.report_fd, data) :]
 
     def trace(self, **fields: Any) -> None:
         """What really happened, whatever the database was told: the tests' oracle."""
@@ -121,6 +128,12 @@ class FakeTrainer:
         self.say("checkpoint", step=self.step, name=name, files=files, validation_loss=validation_loss)
 
     def run(self) -> int:
+        # Held as long as this process lives: whoever finds it taken runs beside another trainer of the job.
+        running = (self.checkpoints.parent / "running.lock").open("w")
+        try:
+            fcntl.flock(running, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.trace(event="overlap")
         self.trace(event="start", step=self.step, environment=dict(os.environ), threads=self.spec["threads"])
         self.say("device", name=self.options.device)
         self.say("started", step=self.step)
@@ -193,7 +206,6 @@ class FakeTrainer:
 
 
 def main() -> int:
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     return FakeTrainer(Options(**json.loads(sys.argv[1]))).run()
 

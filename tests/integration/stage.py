@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import redis
-from sqlalchemy import make_url
+from sqlalchemy import make_url, select
 
 from service import calibrations, checkpoints, database, events, jobs, metrics, queue
 from service.ids import new_id
@@ -50,6 +51,15 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
     except FileNotFoundError:
         return False
+
+
+def gone_within(pid: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while alive(pid):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def a_plan(chunk_length: int) -> dict[str, Any]:
@@ -167,14 +177,14 @@ class Stage:
         with database.transaction(self.bind) as session:
             return calibrations.current(session)
 
-    def reach(self, job_id: str, step: int) -> Job:
+    def reach(self, job_id: str, step: int, seconds: float = 15.0) -> Job:
         """Wait until the database knows of `step`."""
 
         def reached() -> Job | None:
             job = self.job(job_id)
             return job if job.step >= step else None
 
-        return wait_for(f"step {step}", reached)
+        return wait_for(f"step {step}", reached, seconds)
 
     def end(self, job_id: str, status: str, seconds: float = 15.0) -> Job:
         def ended() -> Job | None:
@@ -233,6 +243,30 @@ class Stage:
         """One attempt, in a process of its own."""
         script = str(HERE / "run_supervisor.py")
         return self.start("supervisor", [sys.executable, script, job_id, json.dumps(options)])
+
+    def worker(self, application: str = "tests.integration.fake_worker", **options: Any) -> subprocess.Popen[bytes]:
+        """A Celery worker, by default with fake trainers of these options."""
+        command = [sys.executable, "-m", "celery", "-A", application, "worker", "--loglevel=INFO"]
+        command += ["--without-mingle", "--without-gossip"]  # a second of looking for other workers
+        return self.start("worker", command, FAKE_TRAINER_OPTIONS=json.dumps(options))
+
+    def sweeper(self) -> subprocess.Popen[bytes]:
+        return self.start("sweeper", [sys.executable, "-m", "tests.chaos.sweeper"])
+
+    def stop_between_transactions(self, pid: int) -> None:
+        """SIGSTOP at a moment when the process holds no row lock: with one, nobody gets at its job for a minute."""
+        query = select(Job.id).where(Job.worker.endswith(f":{pid}")).with_for_update(skip_locked=True)
+
+        def stopped() -> bool:
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(0.05)
+            with database.transaction(self.bind) as session:
+                if session.scalar(query) is not None:
+                    return True
+            os.kill(pid, signal.SIGCONT)
+            return False
+
+        wait_for("a moment without a lock", stopped)
 
     def waiting_messages(self) -> int:
         return int(self.redis.llen(queue.QUEUE))

@@ -19,12 +19,12 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import func, update
 
 from service import database, runs
 from service.models import Job
 from tests.integration.fake_trainer import loss_at
-from tests.integration.stage import DatabaseProxy, Stage, alive, open_stage, wait_for
+from tests.integration.stage import DatabaseProxy, Stage, alive, gone_within, open_stage, wait_for
 
 LONG = 100_000
 """Steps of a job that does not end by itself."""
@@ -52,15 +52,6 @@ def proxied(database_url: str, redis_url: str, tmp_path: Path, sockets: Path) ->
         stage.overrides["DATABASE_URL"] = proxy.url
         yield stage, proxy
     proxy.close()
-
-
-def gone_within(pid: int, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while alive(pid):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def test_cancel_does_not_wait_for_a_trainer_that_ignores_it(stage: Stage) -> None:
@@ -146,7 +137,7 @@ def test_a_fenced_supervisor_writes_and_deletes_nothing(stage: Stage) -> None:
     supervisor = stage.supervisor(job_id)
     trainer = stage.trainer_pid(job_id)
     stage.reach(job_id, 12)
-    stop_between_transactions(stage, job_id, supervisor.pid)
+    stage.stop_between_transactions(supervisor.pid)
     # Sooner than its own clock ends the run, so that it is the fence that does.
     with database.transaction(stage.bind) as session:
         session.execute(update(Job).where(Job.id == job_id).values(lease_until=func.now() - timedelta(seconds=1)))
@@ -233,22 +224,6 @@ def test_a_database_gone_for_longer_ends_the_run(proxied: tuple[Stage, DatabaseP
     resumed.terminate()
     assert resumed.wait(5) == 0
     assert [start["step"] for start in stage.trace(job_id)] == [0, newest]
-
-
-def stop_between_transactions(stage: Stage, job_id: str, pid: int) -> None:
-    """SIGSTOP at a moment when the process holds no row lock: with one, nobody gets at the job for a minute."""
-    query = select(Job.id).where(Job.id == job_id).with_for_update(skip_locked=True)
-
-    def stopped() -> bool:
-        os.kill(pid, signal.SIGSTOP)
-        time.sleep(0.05)
-        with database.transaction(stage.bind) as session:
-            if session.scalar(query) is not None:
-                return True
-        os.kill(pid, signal.SIGCONT)
-        return False
-
-    wait_for("a moment without a lock", stopped)
 
 
 def expire(stage: Stage, job_id: str) -> None:

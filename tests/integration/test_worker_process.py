@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -29,12 +28,6 @@ def stage(database_url: str, redis_url: str, tmp_path: Path) -> Iterator[Stage]:
         yield stage
 
 
-def start_worker(stage: Stage, **options: object) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "celery", "-A", "tests.integration.fake_worker", "worker", "--loglevel=INFO"]
-    command += ["--without-mingle", "--without-gossip"]  # a second of looking for other workers
-    return stage.start("worker", command, FAKE_TRAINER_OPTIONS=json.dumps(options))
-
-
 def wake(stage: Stage, job_id: str) -> None:
     assert queue.wake(job_id, queue.producer(stage.settings.redis_url))
 
@@ -50,7 +43,7 @@ def all_gone(pids: list[int], seconds: float) -> bool:
 
 def test_messages_run_jobs_once_and_an_idle_worker_stops(stage: Stage) -> None:
     jobs = [stage.create_job(steps=12), stage.create_job(steps=12)]
-    worker = start_worker(stage, crash_at=7, crash_attempts=1)
+    worker = stage.worker(crash_at=7, crash_attempts=1)
     for job_id in jobs:
         for _ in range(5):
             wake(stage, job_id)
@@ -65,7 +58,7 @@ def test_messages_run_jobs_once_and_an_idle_worker_stops(stage: Stage) -> None:
 
 def test_a_warm_shutdown_ends_at_a_checkpoint_from_which_the_job_goes_on(stage: Stage) -> None:
     job_id = stage.create_job(steps=500)
-    worker = start_worker(stage, checkpoint_every=10_000)
+    worker = stage.worker(checkpoint_every=10_000)
     wake(stage, job_id)
     stage.reach(job_id, 3)
     worker.terminate()
@@ -86,7 +79,7 @@ def test_a_warm_shutdown_ends_at_a_checkpoint_from_which_the_job_goes_on(stage: 
 def test_kill_9_takes_the_trainer_along_and_loses_no_job(stage: Stage, victim: str) -> None:
     stage.overrides |= {"SLIMTUNE_LEASE_SECONDS": "3", "SLIMTUNE_SELF_KILL_SECONDS": "2.5"}
     job_id = stage.create_job(steps=LONG)
-    worker = start_worker(stage)
+    worker = stage.worker()
     wake(stage, job_id)
     stage.reach(job_id, 7)
     trainer = stage.trainer_pid(job_id)
@@ -96,7 +89,7 @@ def test_kill_9_takes_the_trainer_along_and_loses_no_job(stage: Stage, victim: s
         worker.kill()
         worker.wait()
         assert all_gone([supervisor, trainer], 2)
-        start_worker(stage)
+        stage.worker()
     else:
         os.kill(supervisor, signal.SIGKILL)
         assert all_gone([supervisor, trainer], 2)
@@ -139,7 +132,7 @@ def test_a_calibration_that_fails_is_no_obstacle(stage: Stage, caplog: pytest.Lo
 def test_jobs_run_at_once_in_one_worker_which_drains_them_all(stage: Stage) -> None:
     """Three of four slots are busy when the worker is told to stop: each ends at a checkpoint, none is a failure."""
     jobs = [stage.create_job(steps=LONG) for _ in range(3)]
-    worker = start_worker(stage, checkpoint_every=10_000)
+    worker = stage.worker(checkpoint_every=10_000)
     wake(stage, jobs[0])  # one message: whoever starts a job has the next one looked for
     for job_id in jobs:
         stage.reach(job_id, 2)
