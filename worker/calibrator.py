@@ -14,12 +14,16 @@ from service import calibrations
 from service.database import transaction
 from service.settings import Settings
 from slim_core.planning import Calibration
-from worker.environment import trainer_environment
+from worker.environment import allocator_environment, trainer_environment
 from worker.process import die_with_parent
 from worker.slot import device_id, whole_device
 
 CALIBRATE_COMMAND = (sys.executable, "-m", "slim_core.calibrate")
 TIMEOUT_SECONDS = 180.0
+NO_HEAP = (
+    "trainers run without their heap of tensors (docs/decisions/0008-the-tensor-heap.md) and hold up to 4 % more than "
+    "planned: install a C compiler, then slimtune again, in a path without spaces"
+)
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +34,8 @@ class CalibrationError(Exception):
 
 def measure(threads: int, command: Sequence[str] = CALIBRATE_COMMAND) -> Calibration:
     """What the machine can do with `threads` threads. Raises CalibrationError."""
+    if "LD_PRELOAD" not in allocator_environment():
+        logger.warning(NO_HEAP)
     try:
         result = subprocess.run(
             [*command, "--threads", str(threads)],

@@ -129,6 +129,15 @@ def test_a_calibration_that_fails_is_no_obstacle(stage: Stage, caplog: pytest.Lo
             measure(1, [sys.executable, "-c", program])
 
 
+def test_a_machine_without_the_heap_is_told_so(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("worker.environment.library_path", lambda: None)
+    program = f"import json; print(json.dumps({CALIBRATION.to_json()!r}))"
+    assert measure(1, [sys.executable, "-c", program]) == CALIBRATION
+    assert "install a C compiler" in caplog.text
+
+
 def test_jobs_run_at_once_in_one_worker_which_drains_them_all(stage: Stage) -> None:
     """Three of four slots are busy when the worker is told to stop: each ends at a checkpoint, none is a failure."""
     jobs = [stage.create_job(steps=LONG) for _ in range(3)]
