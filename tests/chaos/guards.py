@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from sqlalchemy import true, update
+from sqlalchemy import Engine, event, true, update
 from sqlalchemy.orm import Session
 
-from service import claims
-from service.models import Job
+from service import claims, database, jobs, runs
+from service.models import Device, Job
 from service.queue import celery_app
 from service.runs import ClaimedJob
+from service.settings import Settings
+from service.status import Desired
 from worker.ledger import Ledger
 
 VARIABLE = "SLIMTUNE_TEST_WITHOUT"
@@ -53,6 +55,32 @@ def _weights_only(model: Any, _optimizer: Any, folder: Path) -> dict[str, Any]:
     return training
 
 
+def _final_states() -> Any:
+    connected = database.engine
+
+    def engine(settings: Settings) -> Engine:
+        bind = connected(settings)
+
+        @event.listens_for(bind, "connect")
+        def silence(connection: Any, _record: object) -> None:
+            connection.execute("SET session_replication_role = replica")
+            connection.commit()
+
+        return bind
+
+    return patch("service.database.engine", engine)
+
+
+def _desired() -> Any:
+    renew = runs.renew
+
+    def deaf(*arguments: Any) -> Desired:
+        renew(*arguments)
+        return Desired.RUN
+
+    return patch("service.runs.renew", deaf)
+
+
 REMOVE: dict[str, Callable[[], Any]] = {
     # Writes hold whatever the attempt and the state of the job.
     "fence": lambda: patch("service.runs._fence", lambda job_id, _attempt: (Job.id == job_id, true())),
@@ -76,6 +104,14 @@ REMOVE: dict[str, Callable[[], Any]] = {
     "moments": lambda: patch("slim_core.train.load_training", _weights_only),
     # A message is sent however long the broker takes.
     "publish deadline": lambda: patch.multiple("service.queue", PUBLISH_SECONDS=60.0, producer=celery_app),
+    # No trigger of the database fires.
+    "final states": _final_states,
+    # A request decides by a row that may change before it writes.
+    "row lock of a request": lambda: patch("service.jobs._locked", jobs.get),
+    # Two slots look for room at once, each for itself.
+    "device lock": lambda: patch("service.devices.locked", lambda session, device_id: session.get(Device, device_id)),
+    # A heartbeat renews the lease and does not tell what the user wants.
+    "desired": _desired,
 }
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from tests.chaos.fault import Fault
+from tests.chaos.lifecycle import LIFECYCLE
 from tests.chaos.processes import PROCESSES
 from tests.chaos.servers import SERVERS
+from tests.chaos.stop import STOP
 from tests.chaos.training import TRAINING
 
-FAULTS: tuple[Fault, ...] = (*TRAINING, *PROCESSES, *SERVERS)
+FAULTS: tuple[Fault, ...] = (*TRAINING, *PROCESSES, *SERVERS, *LIFECYCLE, *STOP)

@@ -28,6 +28,8 @@ from typing import Any
 class Options:
     step_seconds: float = 0.02
     checkpoint_every: int = 5
+    checkpoint_seconds: float = 0.0
+    """How long it takes to write one."""
     crash_at: int | None = None
     """Die of SIGKILL after this step ..."""
     crash_attempts: int = 10**9
@@ -120,6 +122,7 @@ class FakeTrainer:
         }
         for file, data in contents.items():
             (temporary / file).write_bytes(data)
+        time.sleep(self.options.checkpoint_seconds)
         temporary.rename(self.checkpoints / name)
         files = [
             {"name": file, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
