@@ -35,6 +35,8 @@ class Arena:
     """One that is removed, so that the oracle must find a violation."""
     patience_seconds: float = 90.0
     """For what takes a second or two on a machine that does nothing else."""
+    slack: float = 1.0
+    """Times the seconds that an answer may take: more where other tests have the machine too."""
     recoveries: list[float] = field(default_factory=list)
     """Seconds from each fault until the job went on: what a user would have waited."""
     random: random.Random = field(init=False)

@@ -23,8 +23,8 @@ from tests.integration.seed import add_dataset
 from tests.integration.stage import Stage, gone_within, wait_for
 
 SWEEP_SECONDS = 1.0
-QUEUED_SECONDS = 30 * SWEEP_SECONDS / 10
-"""How long a queued job may wait for the next sweep and its slot: 30 s where sweeps come every 10."""
+QUEUED_SECONDS = 30.0
+"""How long a queued job may wait once the broker is back."""
 POST_SECONDS = 1.0
 
 
@@ -50,7 +50,7 @@ def wiped_broker(arena: Arena, cycles: int) -> Iterator[str]:
                 servers.redis.start()
                 began = time.monotonic()
             arena.recoveries.append(seconds_until_running(arena, stage, ids, began))
-            if arena.recoveries[-1] > QUEUED_SECONDS + 5:  # Celery's way back to a broker that was gone
+            if arena.recoveries[-1] > QUEUED_SECONDS:
                 yield f"queued jobs waited for {arena.recoveries[-1]:.1f} s"
             for job_id in ids:
                 yield from finished(stage, job_id, arena.patience_seconds)
@@ -78,7 +78,7 @@ def dead_broker(arena: Arena, cycles: int) -> Iterator[str]:
                 began = time.monotonic()
                 answer = client.post("/jobs", json=body)
                 seconds = time.monotonic() - began
-                if answer.status_code != 202 or seconds > POST_SECONDS:
+                if answer.status_code != 202 or seconds > POST_SECONDS * arena.slack:
                     yield f"POST /jobs: {answer.status_code} after {seconds:.2f} s"
                 back = time.monotonic()
                 if hangs:

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def arena(servers: EmbeddedServers, template_database: str, scratch: Path) -> Arena:
-    return Arena(servers, template_database, scratch, seed=1)
+    return Arena(servers, template_database, scratch, seed=1, slack=3.0)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
