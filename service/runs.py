@@ -53,6 +53,7 @@ class ClaimedJob:
     initial_weights_path: str | None
     """Checkpoint folder of the base model; None for new weights."""
     checkpoints_dir: str
+    """Of this attempt alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,7 @@ def claim(
         dataset_path=_dataset_path(session, job.dataset_id),
         validation_path=_dataset_path(session, job.validation_dataset_id) if job.validation_dataset_id else None,
         initial_weights_path=_model_path(session, job.base_model_id) if job.base_model_id else None,
-        checkpoints_dir=storage.checkpoints_dir(job.id),
+        checkpoints_dir=storage.attempt_dir(job.id, job.attempt),
     )
 
 

@@ -1,7 +1,7 @@
 """Files below the data folder: uploads, checkpoints, and how both come and go without leaving halves behind.
 
     datasets/<dataset_id>/data.<txt|jsonl>
-    jobs/<job_id>/checkpoints/step-00000040/...
+    jobs/<job_id>/checkpoints/attempt-0002/step-00000040/...
     jobs/<job_id>/attempt-<n>.stderr
     tmp/                                        uploads on their way, folders being deleted
 
@@ -29,8 +29,15 @@ def dataset_path(dataset_id: str, file_format: str) -> str:
 
 
 def checkpoints_dir(job_id: str) -> str:
-    """Relative path of the folder that holds a job's checkpoint folders."""
+    """Relative path of the folder below which all checkpoints of a job lie."""
     return f"jobs/{job_id}/checkpoints"
+
+
+def attempt_dir(job_id: str, attempt: int) -> str:
+    """Relative path of the folder that one attempt writes its checkpoints to. One for each: a trainer that outlives
+    its attempt, which nothing can tell it on a machine that is cut off, must not touch those of the next.
+    """
+    return f"{checkpoints_dir(job_id)}/attempt-{attempt:04d}"
 
 
 def stderr_path(job_id: str, attempt: int) -> str:
@@ -60,15 +67,28 @@ class Storage:
         except OSError as error:
             raise _translated(error) from error
 
+    def make_folder(self, relative: str) -> Path:
+        """A folder whose name, and those of the folders above it, no power cut takes back."""
+        folder = self.path(relative)
+        folder.mkdir(parents=True, exist_ok=True)
+        for parent in folder.parents:
+            sync_folder(parent)
+            if parent == self.root:
+                break
+        return folder
+
     def remove(self, relative: str) -> None:
-        """Delete a file's or checkpoint's folder with all it holds. It disappears at once; missing is fine."""
+        """Delete a file's or checkpoint's folder with all it holds. It disappears at once; missing is fine.
+
+        What another process still writes into it meanwhile stays in tmp/, for `clean_temporary`.
+        """
         self._tmp.mkdir(parents=True, exist_ok=True)
         doomed = self._tmp / f"removed-{secrets.token_hex(8)}"
         try:
             self.path(relative).rename(doomed)
         except FileNotFoundError:
             return
-        shutil.rmtree(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
     def clean_temporary(self, older_than_seconds: float = 86_400) -> int:
         """Delete what crashed processes left in tmp/; returns how many entries. What others still write stays."""

@@ -16,7 +16,7 @@ from service.errors import FencedError
 from service.runs import ClaimedJob
 from service.settings import Settings
 from service.status import Desired, JobStatus
-from service.storage import Storage, stderr_path
+from service.storage import Storage, checkpoints_dir, stderr_path
 from worker import outcome
 from worker.environment import trainer_environment
 from worker.lease import LeaseLostError, Watchdog
@@ -137,13 +137,11 @@ class Attempt:
         )
 
     def _prepare(self) -> dict[str, Any]:
-        """The trainer's spec. Only after a renewal of the lease is anything deleted."""
-        folder = self._storage.path(self._job.checkpoints_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        """The trainer's spec. Only after a renewal of the lease is anything deleted or made."""
         self._ledger.hold()
         rows = self._ledger.checkpoints()
         resume_from: Path | None = None
-        registered = {Path(path).name for _, path, _ in rows}
+        registered = {self._storage.path(path) for _, path, _ in rows}
         for step, path, files in rows:
             reason = damage(self._storage.path(path), files, self._ledger.beat)
             if reason is None:
@@ -152,13 +150,13 @@ class Attempt:
                 break
             logger.warning("%s: checkpoint %d is damaged: %s", self._job.id, step, reason)
             self._ledger.add(Event("checkpoint_damaged", {"step": step, "reason": reason}))
-            registered.discard(Path(path).name)  # out of the way of the step's next checkpoint
+            registered.discard(self._storage.path(path))  # out of the way of the step's next checkpoint
         self._ledger.hold()
-        for name in strays(folder, frozenset(registered)):
-            self._storage.remove(f"{self._job.checkpoints_dir}/{name}")
-        return self._spec(folder, resume_from)
+        for stray in strays(self._storage.path(checkpoints_dir(self._job.id)), frozenset(registered)):
+            self._storage.remove(str(stray.relative_to(self._storage.root)))
+        return self._spec(self._storage.make_folder(self._job.checkpoints_dir), resume_from)
 
-    def _spec(self, checkpoints_dir: Path, resume_from: Path | None) -> dict[str, Any]:
+    def _spec(self, folder: Path, resume_from: Path | None) -> dict[str, Any]:
         def absolute(relative: str | None) -> str | None:
             return None if relative is None else str(self._storage.path(relative))
 
@@ -171,7 +169,7 @@ class Attempt:
             "memory_cap_bytes": self._job.memory_cap_bytes,
             "dataset_path": absolute(self._job.dataset_path),
             "validation_path": absolute(self._job.validation_path),
-            "checkpoints_dir": str(checkpoints_dir),
+            "checkpoints_dir": str(folder),
             "resume_from": None if resume_from is None else str(resume_from),
             "initial_weights": absolute(self._job.initial_weights_path),
             "threads": self._settings.trainer_threads,

@@ -65,7 +65,7 @@ def checkpoint_name(step: int) -> str:
 def save_checkpoint(
     parent: Path, step: int, model: LanguageModel, optimizer: torch.optim.Optimizer, training: dict[str, Any]
 ) -> list[CheckpointFile]:
-    """Write `parent/step-XXXXXXXX` and return its files, the manifest last.
+    """Write `parent/step-XXXXXXXX` and return its files, the manifest last. `parent` must be there.
 
     The folder gets its name when everything in it is on disk, so a folder of that name is a whole checkpoint. One of
     the same step that is there already is replaced. No tensor is copied, and adapters are merged into the file, a few
@@ -75,7 +75,7 @@ def save_checkpoint(
     temporary = final.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
+        temporary.mkdir()  # not its parent: whoever takes that away wants no more checkpoints of this run
         _write_model(temporary, model)
         _write_tensors(temporary / "optimizer.safetensors", optimizer_tensors(model, optimizer))
         _write_json(temporary / "config.json", model.config.to_json())

@@ -117,7 +117,7 @@ def _reach(stage: Stage, job_id: str, case: Case) -> None:
         case "starting":
             there = lambda: stage.job(job_id).status == "running"  # noqa: E731  # one of four
         case "saving":
-            there = lambda: [*stage.folder(job_id).glob("*.tmp")]  # noqa: E731
+            there = lambda: [*stage.folder(job_id, attempt=1).glob("*.tmp")]  # noqa: E731
         case _:
             there = lambda: stage.job(job_id).step >= 2  # noqa: E731
     wait_for(f"a job that is {case.doing}", there)

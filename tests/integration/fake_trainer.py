@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,7 +97,7 @@ class FakeTrainer:
     def trace(self, **fields: Any) -> None:
         """What really happened, whatever the database was told: the tests' oracle."""
         line = json.dumps({"attempt": self.spec["attempt"], "pid": os.getpid(), "time": time.monotonic(), **fields})
-        with (self.checkpoints.parent / "trace.jsonl").open("a") as file:
+        with (self.checkpoints.parents[1] / "trace.jsonl").open("a") as file:
             file.write(line + "\n")
 
     def metric(self) -> None:
@@ -116,13 +117,14 @@ class FakeTrainer:
         temporary = self.checkpoints / f"{name}.tmp"
         temporary.mkdir()
         contents = {
-            "state.json": json.dumps({"step": self.step}).encode(),
+            "state.json": json.dumps({"step": self.step, "attempt": self.spec["attempt"]}).encode(),
             "config.json": json.dumps(self.spec["model"]).encode(),
             "model.safetensors": b"weights of step %d" % self.step,
         }
         for file, data in contents.items():
             (temporary / file).write_bytes(data)
         time.sleep(self.options.checkpoint_seconds)
+        shutil.rmtree(self.checkpoints / name, ignore_errors=True)  # as save_checkpoint replaces it
         temporary.rename(self.checkpoints / name)
         files = [
             {"name": file, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -132,7 +134,7 @@ class FakeTrainer:
 
     def run(self) -> int:
         # Held as long as this process lives: whoever finds it taken runs beside another trainer of the job.
-        running = (self.checkpoints.parent / "running.lock").open("w")
+        running = (self.checkpoints.parents[1] / "running.lock").open("w")
         try:
             fcntl.flock(running, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

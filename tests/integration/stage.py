@@ -22,6 +22,7 @@ from service import calibrations, checkpoints, database, events, jobs, metrics, 
 from service.ids import new_id
 from service.models import Checkpoint, Dataset, Job, Metric
 from service.settings import Settings
+from service.storage import attempt_dir, checkpoints_dir
 from slim_core.config import ModelConfig, TrainConfig
 from slim_core.planning import MemoryBreakdown, Plan
 from worker.device import announce, discover
@@ -195,8 +196,10 @@ class Stage:
 
     # Files
 
-    def folder(self, job_id: str) -> Path:
-        return self.settings.data_dir / "jobs" / job_id / "checkpoints"
+    def folder(self, job_id: str, attempt: int | None = None) -> Path:
+        """Of the checkpoints of a job, or of one attempt at it."""
+        path = checkpoints_dir(job_id) if attempt is None else attempt_dir(job_id, attempt)
+        return self.settings.data_dir / path
 
     def trace(self, job_id: str, event: str = "start") -> list[dict[str, Any]]:
         """What the fake trainers wrote down about themselves."""

@@ -223,7 +223,7 @@ def test_success_makes_the_newest_checkpoint_a_model(bind: Engine, storage: Stor
         assert (ended.status, ended.lease_until, ended.worker) == ("succeeded", None, None)
         assert ended.finished_at is not None
         row = session.execute(text("SELECT id, job_id, step, path FROM models")).one()
-    assert row == (ended.output_model_id, job.id, 10, f"jobs/{job.id}/checkpoints/step-00000010")
+    assert row == (ended.output_model_id, job.id, 10, f"jobs/{job.id}/checkpoints/attempt-0001/step-00000010")
     assert log(bind, job.id)[-1] == (1, "succeeded")
 
 

@@ -25,6 +25,7 @@ from service import database, runs
 from service.models import Job
 from tests.integration.fake_trainer import loss_at
 from tests.integration.stage import DatabaseProxy, Stage, alive, gone_within, open_stage, wait_for
+from worker.resume import damage
 
 LONG = 100_000
 """Steps of a job that does not end by itself."""
@@ -144,7 +145,8 @@ def test_a_fenced_supervisor_writes_and_deletes_nothing(stage: Stage) -> None:
     with database.transaction(stage.bind) as session:
         assert runs.requeue_expired(session) == [job_id]
         assert runs.claim(session, job_id, "another", lease_seconds=60) is not None
-    (stage.folder(job_id) / "step-99999999.tmp").mkdir()  # as the new attempt would write it
+    new = stage.folder(job_id, attempt=2) / "step-99999999.tmp"
+    new.mkdir(parents=True)
     before = (stage.events(job_id), [row.step for row in stage.metrics(job_id)], stage.job(job_id).lease_until)
     registered = {row.path for row in stage.checkpoints(job_id)}
     os.kill(supervisor.pid, signal.SIGCONT)
@@ -154,8 +156,33 @@ def test_a_fenced_supervisor_writes_and_deletes_nothing(stage: Stage) -> None:
     assert (stage.events(job_id), [row.step for row in stage.metrics(job_id)], stage.job(job_id).lease_until) == before
     assert (stage.job(job_id).status, stage.job(job_id).attempt) == ("running", 2)
     assert all((stage.settings.data_dir / path / "state.json").exists() for path in registered)
-    assert (stage.folder(job_id) / "step-99999999.tmp").exists()
+    assert new.exists()
     assert stage.waiting_messages() == 0
+
+
+def test_a_trainer_that_outlives_its_attempt_touches_no_checkpoint_of_the_next(stage: Stage) -> None:
+    """As on a machine that is cut off: it goes on, and nobody is there to end it."""
+    job_id = stage.create_job(steps=40)
+    supervisor = stage.supervisor(job_id)
+    trainer = stage.trainer_pid(job_id)
+    stage.reach(job_id, 12)
+    stage.stop_between_transactions(supervisor.pid)
+    os.kill(trainer, signal.SIGSTOP)
+    with database.transaction(stage.bind) as session:
+        session.execute(update(Job).where(Job.id == job_id).values(lease_until=func.now() - timedelta(seconds=1)))
+    expire(stage, job_id)
+    job = stage.run(job_id, step_seconds=0)
+    assert (job.status, job.attempt) == ("succeeded", 2)
+    registered = stage.checkpoints(job_id)
+
+    os.kill(trainer, signal.SIGCONT)
+    last = stage.folder(job_id, attempt=1) / "step-00000040"
+    wait_for("the stale trainer's checkpoint of the same step", last.exists)
+    assert [row.step for row in registered] == [40, 35]
+    for row in registered:
+        assert damage(stage.settings.data_dir / row.path, row.files, lambda: None) is None
+    os.kill(supervisor.pid, signal.SIGCONT)
+    assert supervisor.wait(5) == 0
 
 
 def test_a_supervisor_stopped_for_three_leases_kills_itself(database_url: str, redis_url: str, tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import text, update
 
 from service import calibrations
 from service.database import transaction
+from service.models import Checkpoint
 from tests.integration.fake_trainer import loss_at
 from tests.integration.stage import Stage, open_stage
 from worker.slot import device_slot
@@ -41,7 +42,7 @@ def test_a_job_runs_to_its_end(stage: Stage) -> None:
     assert [row.validation_loss for row in rows if row.step in (5, 10)] == [loss_at(5) + 0.1, loss_at(10) + 0.1]
     # keep = 2, the best (10) among them: the folder of step 5 is gone with its row, and nothing else lies there.
     assert [row.step for row in stage.checkpoints(job_id)] == [12, 10]
-    assert names(stage.folder(job_id)) == ["step-00000010", "step-00000012"]
+    assert names(stage.folder(job_id, attempt=1)) == ["step-00000010", "step-00000012"]
     kinds = [kind for kind, _ in stage.events(job_id)]
     assert kinds == [
         "queued", "planned", "started", "training", "probed", "evaluation", "checkpoint", "evaluation", "checkpoint",
@@ -152,7 +153,7 @@ def test_over_the_cap_whatever_the_plan_fails_with_the_peak(stage: Stage) -> Non
 def test_a_damaged_checkpoint_is_skipped(stage: Stage, harm: str) -> None:
     job_id = stage.create_job(steps=20)
     assert stage.run(job_id, crash_at=13, crash_attempts=1).status == "queued"
-    weights = stage.folder(job_id) / "step-00000010" / "model.safetensors"
+    weights = stage.folder(job_id, attempt=1) / "step-00000010" / "model.safetensors"
     data = weights.read_bytes()
     if harm == "missing":
         weights.unlink()
@@ -170,11 +171,30 @@ def test_a_damaged_checkpoint_is_skipped(stage: Stage, harm: str) -> None:
 
 def test_what_no_row_knows_is_removed_before_the_start(stage: Stage) -> None:
     job_id = stage.create_job(steps=12)
-    for name in ("step-00000005.tmp", "step-00000009"):
+    for name in ("step-00000009", "attempt-0000/step-00000005.tmp", "attempt-0001/step-00000010"):
         (stage.folder(job_id) / name).mkdir(parents=True)
         (stage.folder(job_id) / name / "model.safetensors").write_bytes(b"half")
     assert stage.run(job_id).status == "succeeded"
-    assert names(stage.folder(job_id)) == ["step-00000010", "step-00000012"]
+    assert names(stage.folder(job_id)) == ["attempt-0001"]
+    assert names(stage.folder(job_id, attempt=1)) == ["step-00000010", "step-00000012"]
+
+
+def test_the_checkpoints_of_an_older_version_are_found_and_kept(stage: Stage) -> None:
+    """They lie beside the folders of the attempts; and what those of earlier attempts hold is kept as well."""
+    job_id = stage.create_job(steps=20)
+    assert stage.run(job_id, crash_at=8, crash_attempts=1).status == "queued"
+    old = stage.folder(job_id) / "step-00000005"
+    (stage.folder(job_id, attempt=1) / old.name).rename(old)
+    with transaction(stage.bind) as session:
+        session.execute(update(Checkpoint).values(path=str(old.relative_to(stage.settings.data_dir))))
+
+    assert stage.run(job_id, crash_at=13, crash_attempts=2).status == "queued"
+    assert stage.run(job_id, crash_at=11, crash_attempts=3).status == "queued"
+    assert names(stage.folder(job_id)) == ["attempt-0002", "attempt-0003", old.name]
+    assert stage.run(job_id).status == "succeeded"
+    assert [start["step"] for start in stage.trace(job_id)] == [0, 5, 10, 10]
+    assert names(stage.folder(job_id)) == ["attempt-0002", "attempt-0004"]
+    assert names(stage.folder(job_id, attempt=4)) == ["step-00000015", "step-00000020"]
 
 
 def test_a_flood_of_messages_loses_nothing(stage: Stage) -> None:

@@ -236,9 +236,11 @@ class _NoMeter:
 
 def _run(folder: Path, model: LanguageModel, config: TrainConfig, resume: str | None = None) -> list[float]:
     data = text_windows(folder / "data", config.sequence_length)
-    run = TrainingRun(model, config, a_plan(40, "reverse"), data, None, folder / "checkpoints", _NoMeter())
+    checkpoints = folder / "checkpoints"
+    checkpoints.mkdir(exist_ok=True)
+    run = TrainingRun(model, config, a_plan(40, "reverse"), data, None, checkpoints, _NoMeter())
     if resume:
-        run.resume(folder / "checkpoints" / resume)
+        run.resume(checkpoints / resume)
     return [report.loss for report in run.reports() if isinstance(report, StepMetrics)]
 
 

@@ -74,6 +74,7 @@ class Bench:
         """A run of a new model, `self.model`, into a folder of its own, `self.checkpoints`."""
         self.model = LanguageModel(model_config).initialize(config.seed if seed is None else seed).to(dtype)
         self.checkpoints = checkpoints or self.folder / f"checkpoints-{next(self.runs)}"
+        self.checkpoints.mkdir(exist_ok=True)
         return TrainingRun(self.model, config, plan, self.data, validation, self.checkpoints, NoMeter(), stop_requested)
 
 

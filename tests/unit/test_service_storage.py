@@ -83,6 +83,24 @@ def test_removing_takes_the_folder_and_missing_is_fine(storage: Storage) -> None
     assert list(storage.path("tmp").iterdir()) == []
 
 
+def test_what_is_written_into_a_folder_while_it_is_removed_is_left_to_the_sweeper(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a trainer that outlives its attempt, say: the next attempt must start all the same."""
+    storage.path("jobs/j/checkpoints/attempt-0001").mkdir(parents=True)
+    rmdir = os.rmdir
+
+    def write_and_rmdir(path: str, *, dir_fd: int | None = None) -> None:
+        for folder in storage.path("tmp").iterdir():
+            (folder / "late").touch()
+        rmdir(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "rmdir", write_and_rmdir)
+    storage.remove("jobs/j/checkpoints/attempt-0001")
+    assert [Path(name).name for name in files_below(storage)] == ["late"]
+    assert not storage.path("jobs/j/checkpoints/attempt-0001").exists()
+
+
 def test_only_old_temporaries_are_cleaned(storage: Storage) -> None:
     assert storage.clean_temporary() == 0
     temporary = storage.path("tmp")
