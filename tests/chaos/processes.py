@@ -20,7 +20,7 @@ from service.models import Job, JobEvent, Metric
 from tests.chaos.arena import Arena
 from tests.chaos.fault import Fault
 from tests.chaos.oracles import finished, whole
-from tests.integration.stage import Stage, alive, gone_within, wait_for
+from tests.integration.stage import CAP_BYTES, Stage, alive, gone_within, wait_for
 from worker import sweeper
 
 LONG = 100_000
@@ -128,7 +128,8 @@ def stopped_supervisor(arena: Arena, cycles: int) -> Iterator[str]:
     that nobody took its job, so that only its clock can; one loses it after three leases.
     """
     lease_seconds = 2.0
-    with arena.stage(lease_seconds=lease_seconds, self_kill_seconds=1.5, worker_slots=32) as stage:
+    roomy = {"worker_slots": 32, "device_memory_bytes": 32 * CAP_BYTES}
+    with arena.stage(lease_seconds=lease_seconds, self_kill_seconds=1.5, **roomy) as stage:
         kinds = ["taken", "late", "taken", "late and taken", "taken"] * -(-cycles // 5)
         for first in range(0, cycles, 10):
             yield from _stop_some(arena, stage, kinds[first : min(first + 10, cycles)], 3 * lease_seconds)
