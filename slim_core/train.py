@@ -125,6 +125,7 @@ class TrainingRun:
         self._plan = plan
         self._data = data
         self._validation = validation
+        checkpoints_dir.mkdir(parents=True, exist_ok=True)
         self._checkpoints_dir = checkpoints_dir
         self._meter = meter
         self._stop_requested = stop_requested

@@ -31,8 +31,8 @@ from worker.stop import StopRequest
 POLL_SECONDS = 0.25
 STOP_SECONDS = 60.0
 """How long a trainer that was told to stop may take for its checkpoint ..."""
-CANCEL_SECONDS = 5.0
-"""... and how long if the job is cancelled, and nobody waits for a checkpoint."""
+CANCEL_SECONDS = 3.0
+"""... and how long if the job is cancelled, and nobody waits for a checkpoint: with a heartbeat, within 10 s."""
 EXIT_SECONDS = 10.0
 """How long a trainer may take to end after it closed its report pipe."""
 

@@ -23,8 +23,10 @@ from sqlalchemy import func, update
 
 from service import database, runs
 from service.models import Job
+from service.settings import Settings
 from tests.integration.fake_trainer import loss_at
 from tests.integration.stage import DatabaseProxy, Stage, alive, gone_within, open_stage, wait_for
+from worker.attempt import CANCEL_SECONDS, POLL_SECONDS
 from worker.resume import damage
 
 LONG = 100_000
@@ -66,6 +68,13 @@ def test_cancel_does_not_wait_for_a_trainer_that_ignores_it(stage: Stage) -> Non
     assert supervisor.wait(5) == 0
     assert not alive(trainer)
     assert stage.waiting_messages() == 0
+
+
+def test_a_cancel_is_effective_within_ten_seconds_with_the_default_heartbeat() -> None:
+    """What a silent trainer takes that does not end: a heartbeat until it is told, the grace, a look at the clock after
+    each, and the last write. `make chaos` times real ones."""
+    heartbeat = Settings.model_fields["heartbeat_seconds"].default
+    assert heartbeat + CANCEL_SECONDS + 2 * POLL_SECONDS <= 9
 
 
 def test_pause_keeps_the_step_and_resume_goes_on_from_it(stage: Stage) -> None:
