@@ -187,8 +187,10 @@ def _take_over(stage: Stage, ids: list[str], *, at_once: bool) -> None:
     for job_id in ids:
         with database.transaction(stage.bind) as session:
             if at_once:
+                # On a slow machine the job may have been taken back together with one before it.
+                running = (Job.id == job_id, Job.status == "running")
                 expired = func.clock_timestamp() - timedelta(seconds=1)
-                session.execute(update(Job).where(Job.id == job_id).values(lease_until=expired))
+                session.execute(update(Job).where(*running).values(lease_until=expired))
             runs.requeue_expired(session)
             assert runs.claim(session, job_id, "another", lease_seconds=600) is not None
 

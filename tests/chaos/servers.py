@@ -106,11 +106,8 @@ def restarted_database(arena: Arena, cycles: int) -> Iterator[str]:
         for number in range(cycles):
             step = stage.reach(job_id, stage.job(job_id).step + 5, arena.patience_seconds).step
             time.sleep(arena.random.random())
-            if arena.random.random() < 0.5:
-                servers.kill(servers.postgres)
-            else:
-                servers.postgres.stop()
-            time.sleep(arena.random.choice([20.0]) if number % 25 == 24 else 2 * arena.random.random())
+            _kill_or_stop(arena, servers.postgres)
+            time.sleep(20.0 if number % 25 == 24 else 2 * arena.random.random())
             servers.postgres.start()
             began = time.monotonic()
             stage.reach(job_id, step + 1, arena.patience_seconds)
@@ -131,10 +128,7 @@ def lost_database(arena: Arena, cycles: int) -> Iterator[str]:
             job_id = stage.create_job(steps=400)
             supervisor = stage.supervisor(job_id)
             stage.reach(job_id, 7, arena.patience_seconds)
-            if arena.random.random() < 0.5:
-                servers.kill(servers.postgres)
-            else:
-                servers.postgres.stop()
+            _kill_or_stop(arena, servers.postgres)
             if not gone_within(stage.trainer_pid(job_id), 2.0 + 3.0):
                 yield f"{job_id}: its trainer lives 5 s after the database has gone"
             time.sleep(arena.random.random())
@@ -148,6 +142,13 @@ def lost_database(arena: Arena, cycles: int) -> Iterator[str]:
             if stage.trace(job_id)[-1]["step"] < 5:
                 yield f"{job_id}: began anew"
             yield from finished(stage, job_id, arena.patience_seconds)
+
+
+def _kill_or_stop(arena: Arena, server: EmbeddedServers) -> None:
+    if arena.random.random() < 0.5:
+        FragileServers.kill(server)
+    else:
+        server.stop()
 
 
 def everything(arena: Arena, cycles: int) -> Iterator[str]:
