@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,9 +38,9 @@ from service.settings import Settings
 from slim_core.planning import Calibration
 from worker import device
 from worker.calibrator import measure
-from worker.supervisor import supervise
+from worker.supervisor import TRAINER_COMMAND, supervise
 
-_NO_CAP = 1 << 50
+NO_CAP = 1 << 50
 STEPS = 2
 ALLOWED_EXCESS = 1.03
 UNDER, MINIMUM, BETWEEN, PLENTY, WRONG = "1 % under", "minimum", "between", "above unchunked", "plan for twice the cap"
@@ -120,14 +120,18 @@ def run() -> Record:
 
 
 def under_all_caps(
-    specification: Specification, settings: Settings, calibration: Calibration, kinds: Collection[str] = KINDS
+    specification: Specification,
+    settings: Settings,
+    calibration: Calibration,
+    kinds: Collection[str] = KINDS,
+    command: Sequence[str] = TRAINER_COMMAND,
 ) -> Iterator[Record]:
-    """One record for each kind of cap, on a device that no cap exceeds."""
-    settings = settings.model_copy(update={"device_memory_bytes": _NO_CAP})
+    """One record for each kind of cap, on a device that no cap exceeds; `command` starts a trainer."""
+    settings = settings.model_copy(update={"device_memory_bytes": NO_CAP})
     with _client(settings, calibration) as (client, bind):
         dataset = client.post("/datasets", files={"file": ("data.txt", "\n".join(topics.values()))}).json()["id"]
         body = {"steps": STEPS, "dataset": dataset, **specification.fields}
-        free = client.post("/plans", json={**body, "memory_cap": _NO_CAP}).json()
+        free = client.post("/plans", json={**body, "memory_cap": NO_CAP}).json()
         minimum, unchunked = free["minimum_cap_bytes"], free["unchunked_peak_bytes"]
         caps = {
             UNDER: math.floor(0.99 * minimum),
@@ -142,7 +146,7 @@ def under_all_caps(
             answer = client.post("/jobs", json={**body, "memory_cap": planned_for})
             outcome = {"answer": answer.status_code, "status": "refused", "peaks_bytes": [], "codes": []}
             if answer.status_code == 202:
-                outcome |= _supervised(answer.json()["id"], cap, settings, bind)
+                outcome |= _supervised(answer.json()["id"], cap, settings, bind, command)
             elif answer.json().get("code") != "memory_cap_infeasible":
                 raise RuntimeError(f"{specification.name}: {answer.text}")
             else:
@@ -155,14 +159,16 @@ def under_all_caps(
 @contextmanager
 def _client(settings: Settings, calibration: Calibration) -> Iterator[tuple[TestClient, Engine]]:
     bind = database.engine(settings)
-    with database.transaction(bind) as session:
-        calibrations.store(session, calibration.device, "caps", calibration.to_json())
-    with TestClient(create_app(settings)) as client:
-        yield client, bind
-    bind.dispose()
+    try:
+        with database.transaction(bind) as session:
+            calibrations.store(session, calibration.device, "caps", calibration.to_json())
+        with TestClient(create_app(settings)) as client:
+            yield client, bind
+    finally:
+        bind.dispose()
 
 
-def _supervised(job_id: str, cap: int, settings: Settings, bind: Engine) -> Record:
+def _supervised(job_id: str, cap: int, settings: Settings, bind: Engine, command: Sequence[str]) -> Record:
     """Run the job under `cap`, whatever it was planned for, attempt after attempt: how each ended, and its peak."""
     with database.transaction(bind) as session:
         session.execute(update(Job).where(Job.id == job_id).values(memory_cap_bytes=cap))
@@ -172,7 +178,7 @@ def _supervised(job_id: str, cap: int, settings: Settings, bind: Engine) -> Reco
             raise RuntimeError(f"{job_id} was not claimed")
         chunks.append(job.plan["chunk_length"])
         device.announce(bind, device.discover(settings, drivers=()), "caps")
-        supervise(job_id, settings)
+        supervise(job_id, settings, command)
     with database.transaction(bind) as session:
         failures = [row.data["error"] for row in events.page(session, job_id)[0] if row.type == "trainer_failed"]
     peaks = [error.get("peak_bytes") for error in failures]

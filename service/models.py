@@ -120,7 +120,7 @@ class Job(Base):
     """{chunk_length, compared_with, relative_error}."""
     output_model_id: Mapped[str | None] = mapped_column(Id)
     error: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
-    """{code, message, step, hint} of a failed job."""
+    """{code, message, step, hint} of a job that failed, or was paused because it cannot go on."""
     job_metadata: Mapped[dict[str, str]] = mapped_column("metadata", server_default=text("'{}'"))
     tenant: Mapped[str] = mapped_column(Id, server_default="default")
     """In whose queue it waits."""

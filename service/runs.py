@@ -27,6 +27,8 @@ MAX_FAILURES = 3
 """Attempts in a row without a new checkpoint after which a crashing job is given up."""
 TYPICAL_STEPS = 20
 """The latest steps, whose median says how long the others will take."""
+DISK_FULL = "disk_full"
+"""The code of an error that ends no job: after as many attempts it is paused."""
 MAX_LOST_LEASES = 10
 """The same where the worker vanished: seldom the job's fault, but a job that kills its worker must end too."""
 
@@ -236,8 +238,9 @@ def release(
     """Give the job back for another attempt. Raises FencedError.
 
     Without progress (a new checkpoint) this counts as a failure, and the `max_failures`-th in a row fails the job with
-    code attempts_exhausted and `error` as its cause. With a new `plan` it is a memory replan, counted in
-    `memory_replans` instead. A cancel or pause that the user asked for takes effect here.
+    code attempts_exhausted and `error` as its cause; where that is a full disk, it pauses the job instead. With a new
+    `plan` it is a memory replan, counted in `memory_replans`. A cancel or pause that the user asked for takes effect
+    here.
     """
     job = hold(session, job_id, attempt)
     if plan is not None:
@@ -350,7 +353,13 @@ def _give_back(
     data: dict[str, Any] = {"reason": reason, "failures": failures, "step": job.step}
     if error is not None:
         data["error"] = error
-    if status is JobStatus.QUEUED and max_failures is not None and failures >= max_failures:
+    exhausted = status is JobStatus.QUEUED and max_failures is not None and failures >= max_failures
+    if exhausted and error is not None and error["code"] == DISK_FULL:
+        # Nothing is wrong with the job, and only a person can help: it keeps its checkpoints and waits.
+        status = JobStatus.PAUSED
+        hint = "free space in the data directory, then resume the job: it goes on from its last checkpoint"
+        values |= {"desired": Desired.PAUSE.value, "error": clean_json({**error, "hint": hint})}
+    elif exhausted:
         status = JobStatus.FAILED
         cause = f" The last one: {error['message']}" if error and error.get("message") else ""
         values["error"] = clean_json(

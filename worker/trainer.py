@@ -4,6 +4,7 @@ a pipe. SIGTERM asks for a checkpoint and an orderly end. It has no database and
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import signal
@@ -61,9 +62,9 @@ def main(spec: dict[str, Any], reporter: Reporter) -> int:
         reporter.send("started", step=run.step)
         return _train(run, reporter, meter, spec)
     except Exception as error:  # noqa: BLE001  # whatever it is, the supervisor must hear of it
-        traceback.print_exc()
         step = run.step if run is not None else None
         reporter.send("error", step=step, peak_bytes=meter.peak_bytes(), **_explain(error))
+        _log(error)
         return EXIT_MEMORY if is_out_of_memory(error) else EXIT_ERROR
 
 
@@ -115,10 +116,15 @@ def _check_gradient(run: TrainingRun, reporter: Reporter, meter: MemoryMeter, pl
     try:
         check = run.check_gradient(plan.check_chunk_length)
         peak = meter.peak_bytes()
-    except Exception:  # noqa: BLE001  # refused memory, a stop: the certificate then says that there was no check
-        traceback.print_exc()
+    except Exception as error:  # noqa: BLE001  # refused memory, a stop: the certificate says that there was no check
+        _log(error)
     else:
         reporter.send("gradient_check", **dataclasses.asdict(check), peak_bytes=peak)
+
+
+def _log(error: Exception) -> None:
+    with contextlib.suppress(OSError):  # the disk of the log may be the one that is full
+        traceback.print_exception(error)
 
 
 def _explain(error: Exception) -> dict[str, str]:

@@ -6,10 +6,10 @@ import importlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import ANY, patch
 
 from sqlalchemy import Engine, event, true, update
 from sqlalchemy.orm import Session
@@ -81,7 +81,19 @@ def _desired() -> Any:
     return patch("service.runs.renew", deaf)
 
 
-REMOVE: dict[str, Callable[[], Any]] = {
+def _no_cap() -> AbstractContextManager[object]:
+    """Neither the kernel's limit nor the looks of trainer and supervisor at what is held."""
+    patches = ExitStack()
+    for what, value in (
+        ("slim_core.memory.CpuMeter.enforce_cap", lambda _meter, _cap_bytes: None),
+        ("worker.trainer.READING_EXCESS_BYTES", 1 << 60),
+        ("worker.memory_watch.READING_EXCESS_BYTES", 1 << 60),
+    ):
+        patches.enter_context(patch(what, value))
+    return patches
+
+
+REMOVE: dict[str, Callable[[], AbstractContextManager[object]]] = {
     # Writes hold whatever the attempt and the state of the job.
     "fence": lambda: patch("service.runs._fence", lambda job_id, _attempt: (Job.id == job_id, true())),
     # A run goes on however long the database was silent.
@@ -112,7 +124,19 @@ REMOVE: dict[str, Callable[[], Any]] = {
     "device lock": lambda: patch("service.devices.locked", lambda session, device_id: session.get(Device, device_id)),
     # A heartbeat renews the lease and does not tell what the user wants.
     "desired": _desired,
+    # Files get their names before they are on disk.
+    "fsync": lambda: patch("slim_core.weights.checkpoint._sync", lambda _path: None),
+    # A file of the right size is the right one.
+    "hash check": lambda: patch("worker.resume._sha256", lambda _path, _beat: ANY),
+    # What a failed write has left stays.
+    "clean-up": lambda: patch("slim_core.weights.checkpoint.shutil.rmtree", lambda *_, **__: None),
+    # A process holds what it likes.
+    "cap": _no_cap,
+    # A loss that is no number is one like any other.
+    "finite check": lambda: patch("slim_core.train.math.isfinite", lambda _value: True),
 }
+
+_removed = ExitStack()
 
 
 @contextmanager
@@ -125,7 +149,12 @@ def without(guard: str | None) -> Iterator[None]:
         yield
 
 
+def remove(guard: str) -> None:
+    """Take out a guard for as long as this process lives."""
+    _removed.enter_context(REMOVE[guard]())
+
+
 def remove_as_told() -> None:
-    """Take out the guard that the environment names, for as long as this process lives."""
+    """The guard that the environment names, if any."""
     if (guard := os.environ.get(VARIABLE)) is not None:
-        REMOVE[guard]().start()
+        remove(guard)

@@ -139,7 +139,9 @@ class Ground:
     def clear(self) -> None:
         for table in ("job_events", "metrics", "checkpoints", "models", "jobs", "tenant_usage"):
             self.connection.execute(text(f"DELETE FROM {table}"))
-        self.connection.execute(text("UPDATE devices SET reserved_for = NULL, reserved_until = NULL"))
+        # Announced now, as by a worker that lives: thousands of runs take longer than a device may be silent.
+        afresh = "reserved_for = NULL, reserved_until = NULL, updated_at = clock_timestamp()"
+        self.connection.execute(text(f"UPDATE devices SET {afresh}"))
 
     def rows(self) -> dict[str, dict[str, Any]]:
         return {row.row["id"]: dict(row._mapping) for row in self.connection.execute(ROWS)}

@@ -19,7 +19,7 @@ from tests.chaos.arena import Arena
 from tests.chaos.fault import Fault
 from tests.integration.seed import add_dataset
 from tests.integration.stage import CAP_BYTES, MODEL, Stage, a_plan
-from worker.supervisor import supervise
+from worker.supervisor import TRAINER_COMMAND, supervise
 
 KILLS_A_JOB = 10
 
@@ -33,7 +33,7 @@ def killed_trainer(arena: Arena, cycles: int) -> Iterator[str]:
             kills = min(KILLS_A_JOB, cycles - first)
             gaps = [arena.random.randint(50, 140) for _ in range(kills)]
             steps = sum(gaps) + 60
-            alone, killed = (_create(stage, dataset_id, steps) for _ in range(2))
+            alone, killed = (real_job(stage, dataset_id, steps, checkpoint_every=20) for _ in range(2))
             _run(arena, stage, alone)
             hunter = _Hunter(arena, stage, killed, gaps)
             hunter.start()
@@ -43,7 +43,7 @@ def killed_trainer(arena: Arena, cycles: int) -> Iterator[str]:
             yield from _differences(stage, alone, killed, kills + 1)
 
 
-def _create(stage: Stage, dataset_id: str, steps: int) -> str:
+def real_job(stage: Stage, dataset_id: str, steps: int, checkpoint_every: int) -> str:
     """Everything that a checkpoint must bring back matters: moments, the schedule, dropout, the order of the data."""
     train = TrainConfig(
         sequence_length=64,
@@ -51,7 +51,7 @@ def _create(stage: Stage, dataset_id: str, steps: int) -> str:
         steps=steps,
         optimizer=OptimizerConfig(name="adamw", learning_rate=3e-3),
         dropout=0.1,
-        checkpoint_every=20,
+        checkpoint_every=checkpoint_every,
     )
     with database.transaction(stage.bind) as session:
         job = jobs.create(
@@ -67,9 +67,15 @@ def _create(stage: Stage, dataset_id: str, steps: int) -> str:
 
 
 def _run(arena: Arena, stage: Stage, job_id: str) -> None:
-    command = [sys.executable, "-m", "tests.chaos.trainer", *([] if arena.guard is None else [arena.guard])]
     while stage.job(job_id).status == "queued":
-        supervise(job_id, stage.settings, command=command)
+        supervise(job_id, stage.settings, command=real_trainer(arena))
+
+
+def real_trainer(arena: Arena, *options: str) -> list[str]:
+    """The command of the real trainer, without the guard that the arena lacks."""
+    changes = [*options, *([] if arena.guard is None else [arena.guard])]
+    # What guards need takes memory too, which a trainer that is measured must not hold.
+    return [sys.executable, "-m", "tests.chaos.trainer", *changes] if changes else list(TRAINER_COMMAND)
 
 
 class _Hunter(threading.Thread):
@@ -91,7 +97,7 @@ class _Hunter(threading.Thread):
                 time.sleep(0.01)
             time.sleep(moment)
             for child in psutil.Process().children():
-                if "tests.chaos.trainer" in child.cmdline():
+                if child.cmdline()[1:2] == ["-m"]:  # a trainer
                     os.kill(child.pid, signal.SIGKILL)
                     self._killed.append((time.monotonic(), job.attempt))
 
@@ -110,7 +116,7 @@ def _differences(stage: Stage, alone: str, killed: str, attempts: int) -> Iterat
         yield f"{killed}: {job.status} at step {job.step} of {job.total_steps}: {job.error}"
     elif job.attempt != attempts:
         yield f"{killed}: {job.attempt} attempts, not {attempts}: a kill came too late"
-    one, other = (_curve(stage, job_id) for job_id in (alone, killed))
+    one, other = (curve(stage, job_id) for job_id in (alone, killed))
     if different := [step for step in one if other.get(step) != one[step]]:
         yield f"{killed}: {len(different)} of {len(one)} steps differ, step {different[0]} first"
     files = [
@@ -120,7 +126,8 @@ def _differences(stage: Stage, alone: str, killed: str, attempts: int) -> Iterat
         yield f"{killed}: other bytes at the end: {', '.join(different_files)}"
 
 
-def _curve(stage: Stage, job_id: str) -> dict[int, Any]:
+def curve(stage: Stage, job_id: str) -> dict[int, Any]:
+    """What the job's metrics say of each step, but for what depends on the machine."""
     return {row.step: (row.loss, row.grad_norm, row.learning_rate, row.tokens) for row in stage.metrics(job_id)}
 
 

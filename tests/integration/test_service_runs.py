@@ -276,6 +276,32 @@ def test_three_crashes_in_a_row_without_progress_fail_the_job(bind: Engine, job:
     assert [kind for _, kind in log(bind, job.id)[2:]] == ["started", "requeued"] * 2 + ["started", "failed"]
 
 
+def test_a_full_disk_pauses_the_job_until_somebody_resumes_it(bind: Engine, job: Job) -> None:
+    cause = {"code": "disk_full", "message": "no space left", "step": 0, "hint": None}
+    for _ in range(3):
+        claimed = claim(bind, job.id)
+        with transaction(bind) as session:
+            runs.release(session, job.id, claimed.attempt, "disk_full", progressed=False, error=cause)
+    row = state(bind, job.id)
+    assert (row.status, row.desired, row.failures) == ("paused", "pause", 3)
+    assert row.error is not None
+    assert (row.error["code"], row.error["message"]) == ("disk_full", "no space left")
+    assert "resume" in row.error["hint"]
+    with transaction(bind) as session:
+        resumed = jobs.request(session, job.id, "resume")
+    assert (resumed.status, resumed.failures, resumed.error) == ("queued", 0, None)
+    assert [kind for _, kind in log(bind, job.id)[-3:]] == ["started", "paused", "resumed"]
+
+
+def test_a_cancel_wins_over_a_full_disk(bind: Engine, job: Job) -> None:
+    claimed = claim(bind, job.id)
+    with transaction(bind) as session:
+        jobs.request(session, job.id, "cancel")
+        error = {"code": "disk_full", "message": "no space left"}
+        runs.release(session, job.id, claimed.attempt, "disk_full", progressed=False, max_failures=1, error=error)
+    assert state(bind, job.id).status == "cancelled"
+
+
 def test_progress_starts_the_count_of_failures_again(bind: Engine, storage: Storage, job: Job) -> None:
     for number in range(1, 6):
         claimed = claim(bind, job.id)
