@@ -56,7 +56,8 @@ def killed_worker(arena: Arena, cycles: int) -> Iterator[str]:
     with arena.stage(lease_seconds=3.0, self_kill_seconds=2.5, worker_slots=3) as stage:
         stage.sweeper()
         worker = stage.worker(outlive=outlive)
-        ids: list[str] = []
+        long = stage.create_job(steps=LONG)  # the others may all end at once, and then there would be nobody to kill
+        ids = [long]
         try:
             for _ in range(cycles):
                 while sum(stage.job(job_id).finished_at is None for job_id in ids) < 3:
@@ -73,8 +74,11 @@ def killed_worker(arena: Arena, cycles: int) -> Iterator[str]:
                     worker = stage.worker(outlive=outlive)
                 if hit:
                     arena.recoveries.append(seconds_until_running(arena, stage, hit, began))
-            for job_id in ids:
+            for job_id in ids[1:]:
                 yield from finished(stage, job_id, arena.patience_seconds)
+            stage.request(long, "pause")
+            stage.end(long, "paused", arena.patience_seconds)
+            yield from whole(stage, long)
         finally:
             for entry in [entry for job_id in ids for entry in stage.trace(job_id)]:
                 if alive(entry["pid"]):
