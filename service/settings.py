@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -46,6 +46,16 @@ class Settings(DatabaseSettings):
     sweep_seconds: float = Field(default=10, gt=0)
     self_kill_seconds: float = Field(default=60, gt=0)
     """How long a supervisor may fail to renew its lease before it kills its own trainer."""
+
+    @model_validator(mode="after")
+    def _leases_outlast_what_renews_them(self) -> Self:
+        if not self.heartbeat_seconds < self.self_kill_seconds < self.lease_seconds:
+            raise ValueError(
+                "SLIMTUNE_HEARTBEAT_SECONDS must be below SLIMTUNE_SELF_KILL_SECONDS, and that below "
+                "SLIMTUNE_LEASE_SECONDS, so that a run ends before another begins; they are "
+                f"{self.heartbeat_seconds:g}, {self.self_kill_seconds:g} and {self.lease_seconds:g}"
+            )
+        return self
 
 
 @functools.cache

@@ -83,7 +83,7 @@ def _claim(bind: Engine, settings: Settings, device: str, slot: Slot) -> Claimed
         logger.warning("nothing claimed, the database does not answer: %s", str(error).splitlines()[0])
         return None
     except OSError as error:  # what the slot holds must be written down first; a later message or sweep tries again
-        logger.error("nothing claimed, the data directory cannot be written: %s", error)
+        logger.warning("nothing claimed, the data directory cannot be written: %s", error)
         return None
     if job is None:
         logger.info("%s: nothing to start", device)

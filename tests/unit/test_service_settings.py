@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from service.settings import Settings
+
+
+@pytest.mark.parametrize(("heartbeat", "self_kill", "lease"), [(60, 60, 90), (5, 90, 90), (5, 100, 90)])
+def test_a_lease_that_may_pass_to_another_while_the_run_goes_on_is_refused(
+    heartbeat: float, self_kill: float, lease: float
+) -> None:
+    with pytest.raises(ValidationError, match="SLIMTUNE_SELF_KILL_SECONDS"):
+        Settings(
+            database_url="postgresql://",
+            redis_url="redis://",
+            data_dir=Path("/nowhere"),
+            heartbeat_seconds=heartbeat,
+            self_kill_seconds=self_kill,
+            lease_seconds=lease,
+        )
