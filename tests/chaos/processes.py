@@ -131,12 +131,12 @@ def stopped_supervisor(arena: Arena, cycles: int) -> Iterator[str]:
     Of each five, three lose their jobs at once, so that only the fence can tell them; one finds after three leases
     that nobody took its job, so that only its clock can; one loses it after three leases.
     """
-    lease_seconds = 2.0
-    roomy = {"worker_slots": 32, "device_memory_bytes": 32 * CAP_BYTES}
-    with arena.stage(lease_seconds=lease_seconds, self_kill_seconds=1.5, **roomy) as stage:
+    lease_seconds = 3.0  # any shorter, and a busy machine ends the runs that are to be stopped
+    roomy = {"worker_slots": 16, "device_memory_bytes": 16 * CAP_BYTES}
+    with arena.stage(lease_seconds=lease_seconds, self_kill_seconds=2.25, **roomy) as stage:
         kinds = ["taken", "late", "taken", "late and taken", "taken"] * -(-cycles // 5)
-        for first in range(0, cycles, 10):
-            yield from _stop_some(arena, stage, kinds[first : min(first + 10, cycles)], 3 * lease_seconds)
+        for first in range(0, cycles, 5):
+            yield from _stop_some(arena, stage, kinds[first : min(first + 5, cycles)], 3 * lease_seconds)
 
 
 def _stop_some(arena: Arena, stage: Stage, kinds: list[str], seconds: float) -> Iterator[str]:
