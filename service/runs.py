@@ -6,7 +6,7 @@ upon which a supervisor kills its trainer. Every function works in the caller's 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 
 from service import events, storage, usage
 from service.errors import FencedError
+from service.failures import HINTS, job_error
 from service.ids import new_id
 from service.jobs import planned_anew
 from service.jsonable import clean_json, finite
@@ -254,10 +255,13 @@ def release(
     return _give_back(session, job, reason, failures=failures, max_failures=max_failures, values={}, error=error)
 
 
-def requeue_expired(session: Session, max_failures: int = MAX_LOST_LEASES) -> list[str]:
+def requeue_expired(
+    session: Session, max_failures: int = MAX_LOST_LEASES, *, log_of: Callable[[str, int], list[str]] | None = None
+) -> list[str]:
     """Take back the jobs whose lease ran out; returns those that wait for a worker again.
 
-    An attempt that registered no checkpoint counts as a failure, as in `release`.
+    An attempt that registered no checkpoint counts as a failure, as in `release`. `log_of` is asked for the last lines
+    of the log of a job's attempt, which nobody else is there to report.
     """
     query = (
         select(Job)
@@ -269,7 +273,10 @@ def requeue_expired(session: Session, max_failures: int = MAX_LOST_LEASES) -> li
     for job in session.scalars(query, execution_options={"populate_existing": True}).all():
         mine = select(Checkpoint.step).where(Checkpoint.job_id == job.id, Checkpoint.attempt == job.attempt).limit(1)
         failures = 0 if session.scalar(mine) is not None else job.failures + 1
-        error = {"code": "worker_lost", "message": "The worker stopped renewing its lease.", "step": job.step}
+        error = job_error("worker_lost", "The worker stopped renewing its lease.", job.step)
+        if log_of is not None and (log := log_of(job.id, job.attempt)):
+            data = {"status": None, "signal": None, "error": error, "log": log}
+            events.record(session, job.id, job.attempt, "trainer_failed", data)
         given_back = _give_back(
             session, job, "lease_expired", failures=failures, max_failures=max_failures, values={}, error=error
         )
@@ -367,7 +374,7 @@ def _give_back(
                 "code": "attempts_exhausted",
                 "message": f"{failures} attempts in a row ended without a new checkpoint ({reason}).{cause}",
                 "step": job.step,
-                "hint": (error or {}).get("hint"),
+                "hint": (error or {}).get("hint") or HINTS["attempts_exhausted"],
                 "cause": error,
             }
         )

@@ -101,7 +101,7 @@ class Attempt:
             code = "protocol_error"
         elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             code = "disk_full"
-        return self._ending(None, Failure(code, f"{type(error).__name__}: {error}"[:500], None, None, None))
+        return self._ending(None, Failure(code, f"{type(error).__name__}: {error}"[:500], None, None))
 
     def _train(self) -> Ending:
         spec = self._prepare()
@@ -122,7 +122,7 @@ class Attempt:
     def _over_the_cap(self, held_bytes: int) -> Failure:
         """The failure of a trainer that did not notice, or whose children held the memory."""
         message = f"The trainer and what it started held {held_bytes} bytes; {self._job.memory_cap_bytes} are allowed."
-        return Failure(MEMORY_CODE, message, None, None, held_bytes)
+        return Failure(MEMORY_CODE, message, None, held_bytes)
 
     def _ending(self, status: int | None, failure: Failure | None) -> Ending:
         return Ending(

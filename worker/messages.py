@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from service.failures import HINTS
+
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -97,7 +99,6 @@ class Failure:
     code: str
     message: str
     step: int | None
-    hint: str | None
     peak_bytes: int | None
 
 
@@ -163,12 +164,12 @@ def _file(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _failure(fields: dict[str, Any]) -> Failure:
-    hint = fields.get("hint")
+    if fields["code"] not in HINTS:
+        raise ValueError(f"not a code: {fields['code']!r}")
     return Failure(
-        code=str(fields["code"])[:64],
+        code=fields["code"],
         message=str(fields["message"])[:2000],
         step=_optional_integer(fields.get("step")),
-        hint=None if hint is None else str(hint)[:2000],
         peak_bytes=_optional_integer(fields.get("peak_bytes")),
     )
 

@@ -13,6 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from service import calibrations, runs
+from service.failures import HINTS, job_error
 from service.models import Job
 from service.runs import ClaimedJob
 from service.status import Desired, JobStatus
@@ -34,6 +35,10 @@ logger = logging.getLogger(__name__)
 
 MEMORY_CODE = "memory_cap_exceeded"
 MEMORY_EXIT = 4
+KILLED_HINT = (
+    "the kernel kills when the machine runs out of memory: lower SLIMTUNE_DEVICE_MEMORY_BYTES, or run less beside the "
+    "worker"
+)
 MAX_MEMORY_REPLANS = 3
 
 
@@ -101,22 +106,15 @@ def error_of(ending: Ending) -> dict[str, Any]:
     """The job's `error` after a trainer that failed."""
     if ending.failure is not None:
         failure = ending.failure
-        error = {
-            "code": MEMORY_CODE if ending.status == MEMORY_EXIT else failure.code,
-            "message": failure.message,
-            "step": ending.step if failure.step is None else failure.step,
-            "hint": failure.hint,
-        }
-        return error if failure.peak_bytes is None else {**error, "peak_bytes": failure.peak_bytes}
+        code = MEMORY_CODE if ending.status == MEMORY_EXIT else failure.code
+        step = ending.step if failure.step is None else failure.step
+        peak: dict[str, Any] = {} if failure.peak_bytes is None else {"peak_bytes": failure.peak_bytes}
+        return job_error(code, failure.message, step, **peak)
     if ending.status == MEMORY_EXIT:
-        return {
-            "code": MEMORY_CODE,
-            "message": "The trainer reached its memory cap.",
-            "step": ending.step,
-            "hint": None,
-        }
-    message, hint = _cause(ending)
-    return {"code": "trainer_crashed", "message": message, "step": ending.step, "hint": hint}
+        return job_error(MEMORY_CODE, "The trainer reached its memory cap.", ending.step)
+    last_line = f" The last line of its log: {ending.log[-1][:200]}" if ending.log else ""
+    hint = KILLED_HINT if ending.status == -signal.SIGKILL else None
+    return job_error("trainer_crashed", f"{_cause(ending)}{last_line}", ending.step, hint)
 
 
 def _was_stopped(ending: Ending) -> bool:
@@ -141,7 +139,7 @@ def _over_the_cap(session: Session, job: ClaimedJob, error: dict[str, Any]) -> J
         tried = (
             f"{job.memory_replans} smaller plans did not fit either" if job.memory_replans else "no smaller plan fits"
         )
-        hint = f"raise memory_cap, or train a smaller model or adapters (LoRA): {tried}"
+        hint = f"{HINTS[MEMORY_CODE]}: {tried}"
         return runs.finish(session, job.id, job.attempt, JobStatus.FAILED, error={**error, "hint": hint})
     return runs.release(session, job.id, job.attempt, MEMORY_CODE, progressed=True, plan=plan.to_json(), error=error)
 
@@ -162,16 +160,13 @@ def _smaller_plan(session: Session, job: ClaimedJob) -> Plan | None:
     return None
 
 
-def _cause(ending: Ending) -> tuple[str, str | None]:
+def _cause(ending: Ending) -> str:
     name = _signal_name(ending.status)
-    last_line = ending.log[-1][:200] if ending.log else None
-    if name == "SIGKILL":
-        return "The trainer was killed by SIGKILL.", "The kernel does this when the machine runs out of memory."
     if name is not None:
-        return f"The trainer was killed by {name}.", last_line
+        return f"The trainer was killed by {name}."
     if ending.done is not None:
-        return f"The trainer was done at step {ending.done.step} without a checkpoint of it.", last_line
-    return f"The trainer ended with status {ending.status} and without a message.", last_line
+        return f"The trainer was done at step {ending.done.step} without a checkpoint of it."
+    return f"The trainer ended with status {ending.status} and without a message."
 
 
 def _signal_name(status: int | None) -> str | None:

@@ -47,15 +47,13 @@ def main() -> int:
     try:
         tokenise([spec["dataset_path"], spec["validation_path"]], spec["memory_cap_bytes"])
     except DatasetError as error:
-        return _refuse(reporter, "dataset_invalid", str(error), "mend the dataset and upload it again")
+        return _refuse(reporter, "dataset_invalid", str(error))
     except DocumentTooLargeError as error:
-        hint = "split the longest document of the dataset, or raise memory_cap"
-        return _refuse(reporter, "document_too_large", str(error), hint)
+        return _refuse(reporter, "document_too_large", str(error))
     except DiskFullError as error:
-        return _refuse(reporter, "disk_full", str(error), "free space in the data directory")
+        return _refuse(reporter, "disk_full", str(error))
     except Exception as error:  # noqa: BLE001  # whatever it is, the supervisor must hear of it
-        hint = "see the job's events for the end of the trainer's log"
-        return _refuse(reporter, "trainer_error", f"{type(error).__name__}: {error}"[:500], hint)
+        return _refuse(reporter, "trainer_error", f"{type(error).__name__}: {error}"[:500])
     from worker import trainer  # noqa: PLC0415  # torch: not before the tokenising is done
 
     return trainer.main(spec, reporter)
@@ -90,8 +88,8 @@ def tokenise(paths: list[str | None], cap_bytes: int) -> None:
         raise RuntimeError(f"tokenising ended with status {result.returncode}: {result.stderr[-500:]}")
 
 
-def _refuse(reporter: Reporter, code: str, message: str, hint: str) -> int:
-    reporter.send("error", code=code, message=message, hint=hint, step=None, peak_bytes=None)
+def _refuse(reporter: Reporter, code: str, message: str) -> int:
+    reporter.send("error", code=code, message=message, step=None, peak_bytes=None)
     return EXIT_ERROR
 
 

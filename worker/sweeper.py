@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
@@ -15,7 +16,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from service import database, devices, jobs, queue, runs
 from service.settings import Settings, load_settings
-from service.storage import Storage
+from service.storage import Storage, stderr_path
+from worker.process import tail
 
 LOCK_KEY = 0x511_57EE7
 """Of the advisory lock under which one sweeper at a time works."""
@@ -23,7 +25,7 @@ LOCK_KEY = 0x511_57EE7
 logger = logging.getLogger(__name__)
 
 
-def sweep(bind: Engine, app: Celery) -> list[str]:
+def sweep(bind: Engine, app: Celery, storage: Storage) -> list[str]:
     """Requeue the jobs whose lease ran out, and wake workers for the jobs that wait; returns the requeued ones.
 
     Does nothing while another sweeper is at it.
@@ -31,13 +33,21 @@ def sweep(bind: Engine, app: Celery) -> list[str]:
     with database.transaction(bind) as session:
         if not database.try_lock(session, LOCK_KEY):
             return []
-        requeued = runs.requeue_expired(session)
+        requeued = runs.requeue_expired(session, log_of=functools.partial(_log_of, storage))
         waiting = jobs.queued_ids(session)
         slots = devices.live_slots(session)
     for job_id in requeued:
         logger.warning("%s: its lease ran out, queued again", job_id)
     _wake(app, waiting, slots)
     return requeued
+
+
+def _log_of(storage: Storage, job_id: str, attempt: int) -> list[str]:
+    try:
+        return tail(storage.path(stderr_path(job_id, attempt)))
+    except OSError as error:  # a log is nice to have; the job must not wait for it
+        logger.warning("the trainer's log cannot be read: %s", error)
+        return []
 
 
 def _wake(app: Celery, waiting: list[str], slots: int) -> None:
@@ -59,7 +69,7 @@ def run(settings: Settings) -> NoReturn:
     storage = Storage(settings.data_dir)
     while True:
         try:
-            sweep(bind, app)
+            sweep(bind, app, storage)
             storage.clean_temporary()
         except SQLAlchemyError as error:
             logger.warning("not swept: %s", str(error).splitlines()[0])

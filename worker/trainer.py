@@ -128,18 +128,17 @@ def _log(error: Exception) -> None:
 
 
 def _explain(error: Exception) -> dict[str, str]:
-    """Code, message and hint of a failure, for the user."""
-    text = f"{type(error).__name__}: {error}"[:500]
+    """Code and message of a failure, for the user."""
     if is_out_of_memory(error):
-        code, hint = "memory_cap_exceeded", "raise memory_cap, or let the planner choose a shorter chunk"
+        code = "memory_cap_exceeded"
     elif isinstance(error, DivergedError):
-        code, hint = "diverged", "lower the learning rate, lengthen the warm-up or set gradient_clip"
+        code = "diverged"
     elif isinstance(error, DatasetError):
-        code, hint = "dataset_invalid", "mend the dataset and upload it again"
+        code = "dataset_invalid"
     elif isinstance(error, CheckpointError):
-        code, hint = "model_invalid", "start from another model"
+        code = "model_invalid"
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        code, hint = "disk_full", "free space in the data directory; the job resumes from its last checkpoint"
+        code = "disk_full"
     else:
-        code, hint = "trainer_error", "see the job's events for the end of the trainer's log"
-    return {"code": code, "message": text, "hint": hint}
+        code = "trainer_error"
+    return {"code": code, "message": f"{type(error).__name__}: {error}"[:500]}

@@ -111,7 +111,7 @@ REMOVE: dict[str, Callable[[], AbstractContextManager[object]]] = {
     # Nobody repeats a message that was lost.
     "repeated wakes": lambda: patch("worker.sweeper._wake", lambda _app, _waiting, _slots: None),
     # Nobody takes back a lease that ran out.
-    "lease sweep": lambda: patch("service.runs.requeue_expired", lambda _session: []),
+    "lease sweep": lambda: patch("service.runs.requeue_expired", lambda _session, **_: []),
     # A resumed run has the weights, and an optimiser that begins anew.
     "moments": lambda: patch("slim_core.train.load_training", _weights_only),
     # A message is sent however long the broker takes.

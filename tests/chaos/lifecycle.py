@@ -196,7 +196,8 @@ class Lifecycle(RuleBasedStateMachine):
 
     def _sweep(self) -> None:
         world, foreseen = self.world.sweep()
-        requeued = sweeper.sweep(self.bind, self.ground.client.app.state.context.producer)  # type: ignore[attr-defined]
+        context = self.ground.client.app.state.context  # type: ignore[attr-defined]
+        requeued = sweeper.sweep(self.bind, context.producer, context.storage)
         assert sorted(requeued) == foreseen
         self._settle(world)
 

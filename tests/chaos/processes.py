@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 from unittest.mock import patch
 
 import psutil
@@ -17,6 +18,7 @@ from sqlalchemy import func, select, update
 
 from service import database, queue, runs
 from service.models import Job, JobEvent, Metric
+from service.storage import Storage
 from tests.chaos.arena import Arena
 from tests.chaos.fault import Fault
 from tests.chaos.oracles import finished, whole
@@ -231,27 +233,27 @@ def sweepers_at_once(arena: Arena, cycles: int) -> Iterator[str]:
     lock = threading.Lock()
     requeue = runs.requeue_expired
 
-    def watched(session: object) -> list[str]:
+    def watched(session: object, **options: Any) -> list[str]:
         nonlocal inside, most
         with lock:
             inside += 1
             most = max(most, inside)
         time.sleep(0.02)
         try:
-            return requeue(session)  # type: ignore[arg-type]
+            return requeue(session, **options)  # type: ignore[arg-type]
         finally:
             with lock:
                 inside -= 1
 
     with arena.stage() as stage, patch.object(runs, "requeue_expired", watched):
-        app = queue.producer(stage.settings.redis_url)
+        app, storage = queue.producer(stage.settings.redis_url), Storage(stage.settings.data_dir)
         for _ in range(cycles):
             job_id = stage.create_job()
             with database.transaction(stage.bind) as session:
                 runs.claim(session, job_id, "a worker that is gone", lease_seconds=0.0)
             requeued: list[str] = []
             threads = [
-                threading.Thread(target=lambda found=requeued: found.extend(sweeper.sweep(stage.bind, app)))
+                threading.Thread(target=lambda found=requeued: found.extend(sweeper.sweep(stage.bind, app, storage)))
                 for _ in range(4)
             ]
             for thread in threads:

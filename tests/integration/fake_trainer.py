@@ -198,14 +198,15 @@ class FakeTrainer:
                 os.write(self.report_fd, b'{"type": "metric", "step": 99')
             os.kill(os.getpid(), signal.SIGKILL)
         if self.step == options.hang_at:
+            print("line of the log before the silence", file=sys.stderr, flush=True)
             time.sleep(600)
         if options.error_code is not None:
-            self.say("error", code=options.error_code, message="as told", step=self.step, hint=None, peak_bytes=None)
+            self.say("error", code=options.error_code, message="as told", step=self.step, peak_bytes=None)
             return 1
         limit = options.memory_chunk_length
         if limit is not None and self.spec["plan"]["chunk_length"] > limit:
             message = "the step did not fit"
-            self.say("error", code="memory_cap_exceeded", message=message, step=1, hint=None, peak_bytes=987_654_321)
+            self.say("error", code="memory_cap_exceeded", message=message, step=1, peak_bytes=987_654_321)
             return 4
         return None
 

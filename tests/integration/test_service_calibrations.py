@@ -105,7 +105,7 @@ def test_what_is_no_property_of_the_model_teaches_nothing(bind: Engine, job: Job
 
 def test_an_attempt_over_its_cap_is_planned_anew_with_what_it_taught(bind: Engine, job: Job) -> None:
     run = claim(bind, job.id)
-    failure = Failure("memory_cap_exceeded", "too much", 1, None, 499 * MB)
+    failure = Failure("memory_cap_exceeded", "too much", 1, 499 * MB)
     with transaction(bind) as session:
         planned_anew = conclude(session, run, Desired.RUN, Ending(1, 4, None, failure))
     learned = 100 * MB + calibrations.LEAST_EXCESS_BYTES  # more than the cap, by how much nobody knows
@@ -123,7 +123,7 @@ def test_a_lesson_does_not_stand_in_the_way_of_the_next_attempt(bind: Engine, jo
         calibrations.store(session, "cpu", "w1", CALIBRATION | {"runtime_bytes": 450 * MB})
     run = claim(bind, job.id)
     with transaction(bind) as session:
-        failure = Failure("memory_cap_exceeded", "too much", 1, None, 499 * MB)
+        failure = Failure("memory_cap_exceeded", "too much", 1, 499 * MB)
         planned_anew = conclude(session, run, Desired.RUN, Ending(1, 4, None, failure))
     assert excess(bind, job) > 50 * MB
     assert planned_anew.status == "queued"

@@ -11,6 +11,7 @@ from sqlalchemy import text, update
 
 from service import calibrations
 from service.database import transaction
+from service.failures import HINTS
 from service.models import Checkpoint
 from tests.integration.fake_trainer import loss_at
 from tests.integration.stage import Stage, open_stage
@@ -121,7 +122,7 @@ def test_some_errors_are_final(stage: Stage, code: str, status: str) -> None:
     job = stage.run(job_id, error_code=code)
     assert job.status == status
     if status == "failed":
-        assert job.error == {"code": code, "message": "as told", "step": 1, "hint": None}
+        assert job.error == {"code": code, "message": "as told", "step": 1, "hint": HINTS[code]}
     else:
         assert job.failures == 1
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from service import database, queue, runs
+from service.storage import Storage
 from tests.integration.stage import DatabaseProxy, Stage, open_stage, wait_for
 from worker import sweeper
 
@@ -30,8 +31,9 @@ def claim(stage: Stage, job_id: str, lease_seconds: float) -> None:
         assert runs.claim(session, job_id, "a worker that is gone", lease_seconds) is not None
 
 
-def sweep(stage: Stage) -> list[str]:
-    return sweeper.sweep(stage.bind, queue.producer(stage.settings.redis_url))
+def sweep(stage: Stage, redis_url: str | None = None) -> list[str]:
+    app = queue.producer(redis_url or stage.settings.redis_url)
+    return sweeper.sweep(stage.bind, app, Storage(stage.settings.data_dir))
 
 
 def test_only_expired_leases_are_taken_back(stage: Stage) -> None:
@@ -87,7 +89,7 @@ def test_a_dead_broker_does_not_stop_the_leases(stage: Stage) -> None:
     claim(stage, job_id, lease_seconds=0.05)
     time.sleep(0.1)
     began = time.monotonic()
-    assert sweeper.sweep(stage.bind, queue.producer("redis+socket:///nowhere/redis.sock")) == [job_id]
+    assert sweep(stage, "redis+socket:///nowhere/redis.sock") == [job_id]
     assert time.monotonic() - began < 5
 
 

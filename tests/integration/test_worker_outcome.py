@@ -14,7 +14,7 @@ from worker.ledger import Ledger
 from worker.messages import Checkpoint, Done, Failure
 from worker.outcome import Ending, conclude
 
-BROKEN = Failure("supervisor_error", "InternalError: read only", None, None, None)
+BROKEN = Failure("supervisor_error", "InternalError: read only", None, None)
 
 
 def test_what_was_discarded_is_no_final_checkpoint(

@@ -26,6 +26,7 @@ METRIC = {
     "peak_bytes": 1_000,
 }  # fmt: skip
 FILE = {"name": "model.safetensors", "bytes": 4, "sha256": "0" * 64}
+FAILURE = {"type": "error", "code": "diverged", "message": "m", "step": 2, "peak_bytes": None}
 CHECKPOINT = {"type": "checkpoint", "step": 40, "name": "step-00000040", "files": [FILE], "validation_loss": None}
 
 
@@ -44,8 +45,7 @@ def test_every_kind_is_read() -> None:
     )
     assert parse(checked) == GradientCheck(16, 64, 1e-7, 9)
     assert parse(b'{"type": "done", "step": 9, "reason": "completed"}') == Done(9, "completed")
-    error = b'{"type": "error", "code": "diverged", "message": "m", "step": 2, "hint": null, "peak_bytes": null}'
-    assert parse(error) == Failure("diverged", "m", 2, None, None)
+    assert parse(line(FAILURE)) == Failure("diverged", "m", 2, None)
 
 
 def test_a_loss_that_is_not_finite_is_none() -> None:
@@ -76,6 +76,9 @@ def test_a_loss_that_is_not_finite_is_none() -> None:
         line(CHECKPOINT, files=[FILE | {"name": "../model.safetensors"}]),
         line(CHECKPOINT, files=[FILE | {"name": "/etc/passwd"}]),
         line(CHECKPOINT, files=[FILE | {"sha256": "short"}]),
+        line(FAILURE, code="unheard_of"),
+        line(FAILURE, code=["diverged"]),
+        line(FAILURE, step="2"),
     ],
 )
 def test_anything_else_is_refused(text: bytes) -> None:

@@ -1,0 +1,28 @@
+"""Why jobs fail: every code that a job's `error` can have, and what to do about it (docs/reliability.md)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_SEE_EVENT = "read the end of the trainer's log in the job's event trainer_failed"
+
+HINTS: dict[str, str] = {
+    "memory_cap_exceeded": "raise memory_cap, or train a smaller model or adapters (LoRA)",
+    "diverged": "lower the learning rate, lengthen the warm-up or set gradient_clip",
+    "dataset_invalid": "mend the dataset, upload it again and create the job anew",
+    "document_too_large": "split the longest document of the dataset, or raise memory_cap",
+    "model_invalid": "start from another model",
+    "disk_full": "free space in the data directory; the job resumes from its last checkpoint",
+    "trainer_error": _SEE_EVENT,
+    "trainer_crashed": _SEE_EVENT,
+    "protocol_error": f"{_SEE_EVENT} for what writes into its reports",
+    "supervisor_error": "read the worker's log of this job and attempt",
+    "worker_lost": "look whether the worker's machine stopped or ran out of memory, and read the worker's log",
+    "attempts_exhausted": "see the job's events for how each attempt ended",
+}
+"""What a person can do, by code."""
+
+
+def job_error(code: str, message: str, step: int, hint: str | None = None, **fields: Any) -> dict[str, Any]:
+    """A job's `error`, with the code's hint unless there is a better one. Raises KeyError for a code without a hint."""
+    return {"code": code, "message": message, "step": step, "hint": hint or HINTS[code], **fields}
