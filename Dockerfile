@@ -33,5 +33,5 @@ RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))
  && rm /tmp/requirements.txt
 COPY --from=heap /_tensor_heap.so slim_core/
 USER slimtune
-CMD ["python", "-m", "celery", "-A", "worker.app", "worker", "-Q", "slimtune", \
+CMD ["python", "-m", "celery", "--quiet", "-A", "worker.app", "worker", "-Q", "slimtune", \
      "--without-gossip", "--without-mingle", "--without-heartbeat", "--loglevel", "INFO"]

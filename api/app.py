@@ -16,7 +16,7 @@ from api.dependencies import Context
 from api.middleware import BodyLimit, RequestContext
 from api.problems import Problem
 from api.routes import checkpoints, datasets, devices, health, jobs, models, plans
-from service import database, queue
+from service import database, logs, queue
 from service.settings import Settings, load_settings
 from service.storage import Storage
 
@@ -27,8 +27,14 @@ and the checkpoints. Errors are problem details (RFC 9457) with a stable `code`.
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
-    """An application on these settings, or on the environment's. It connects to nothing before the first request."""
-    settings = settings or load_settings()
+    """An application on these settings. It connects to nothing before the first request.
+
+    Without settings it is what its process is for: on the environment's settings, which also say how that writes its
+    log. uvicorn calls this after it has set up its own loggers.
+    """
+    if settings is None:
+        settings = load_settings()
+        logs.configure(settings.log_format)
     context = Context(
         settings=settings,
         engine=database.engine(settings),

@@ -37,6 +37,13 @@ def get_session(context: Annotated[Context, Depends(get_context)]) -> Iterator[S
         yield session
 
 
+def get_request_id(request: Request) -> str:
+    """The id that the answer's X-Request-ID has."""
+    request_id: str = request.state.request_id
+    return request_id
+
+
 ContextDep = Annotated[Context, Depends(get_context)]
 SessionDep = Annotated[Session, Depends(get_session, scope="function")]
+RequestId = Annotated[str, Depends(get_request_id)]
 Limit = Annotated[int, Query(ge=1, le=100, description="The most entries to answer.")]

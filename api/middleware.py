@@ -10,47 +10,68 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.problems import problem_response
+from api.problems import problem_response, shown
+from service import logs
 from service.ids import new_id
 
 logger = logging.getLogger(__name__)
+access = logging.getLogger("api.access")
 
 MAX_JSON_BYTES = 1_000_000
 
 
 class RequestContext:
-    """Gives each request an id of our own making, and turns what nobody handled into a 500 without internals."""
+    """Gives each request an id of our own making and a line in the log, and turns what nobody handled into a 500
+    without internals.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return await self._app(scope, receive, send)
+            await self._app(scope, receive, send)
+            return
         request_id = new_id("req")
         scope.setdefault("state", {})["request_id"] = request_id
-        started = False
+        with logs.bound(request_id=request_id):
+            await self._answer(scope, receive, send, request_id)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
+        status: int | None = None
+        answered: float | None = None
 
         async def send_marked(message: Message) -> None:
-            nonlocal started
+            nonlocal status, answered
             if message["type"] == "http.response.start":
-                started = True
+                status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = request_id
                 headers["X-Content-Type-Options"] = "nosniff"
             await send(message)
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                answered = time.monotonic()  # background tasks come after it
 
         began = time.monotonic()
         try:
-            return await self._app(scope, receive, send_marked)
+            await self._app(scope, receive, send_marked)
         except ClientDisconnect:
-            logger.info("%s: the client went away after %.1f s", request_id, time.monotonic() - began)
+            logger.info("the client went away")
         except Exception:
-            logger.exception("%s: %s %r failed", request_id, scope["method"], scope["path"])
-            if started:
+            logger.exception("nobody handled this")
+            if status is not None:
                 raise
             response = problem_response(scope, 500, "internal_error", "Something went wrong on the server's side.")
             await response(scope, receive, send_marked)
+        finally:
+            # The path without its query, which may hold what is not for a log.
+            fields = {
+                "method": scope["method"],
+                "path": shown(scope["path"]),
+                "status": status,
+                "milliseconds": round(1_000 * ((answered or time.monotonic()) - began), 1),
+            }
+            access.info("%(method)s %(path)s %(status)s %(milliseconds)s ms", fields, extra={"fields": fields})
 
 
 class BodyLimit:

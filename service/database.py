@@ -24,6 +24,7 @@ def engine(settings: Settings) -> Engine:
         pool_timeout=5,
         pool_pre_ping=True,  # after a restart of the database the pool's old connections are dead
         pool_recycle=1_800,
+        hide_parameters=True,  # in exceptions, whose text goes into logs: they are what users sent
         connect_args={
             "connect_timeout": CONNECT_TIMEOUT_SECONDS,
             "keepalives_idle": 10,

@@ -32,8 +32,9 @@ def create(
     validation_dataset_id: str | None = None,
     base_model_id: str | None = None,
     tenant: str = "default",
+    request_id: str | None = None,
 ) -> Job:
-    """A new queued job with its first events.
+    """A new queued job with its first events, the first of which names the request that asked for it.
 
     `name`, `model` and `metadata` come from `spec`. Raises NotFoundError if a dataset or the base model is gone:
     their rows stay locked against deletion until the transaction ends.
@@ -64,7 +65,7 @@ def create(
     session.add(job)
     session.flush()
     session.refresh(job)
-    events.record(session, job.id, 0, "queued")
+    events.record(session, job.id, 0, "queued", None if request_id is None else {"request_id": request_id})
     planned = ("chunk_length", "num_chunks", "state_policy", "micro_batch_size", "predicted_peak_bytes", "reason")
     events.record(session, job.id, 0, "planned", {name: plan[name] for name in planned if name in plan})
     return job

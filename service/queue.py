@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import logging
 import threading
@@ -98,6 +99,7 @@ def wake(job_id: str, app: Celery | None = None) -> bool:
     thread.start()
     thread.join(PUBLISH_SECONDS)
     if outcome and outcome[0] is None:
+        logger.info("wake of %s sent", job_id)
         return True
     cause = outcome[0] if outcome else f"no answer in {time.monotonic() - started:.1f} s"
     logger.warning("wake of %s not sent: %s", job_id, cause)
@@ -126,5 +128,6 @@ def broker_answers(app: Celery) -> bool:
         except Exception as error:  # noqa: BLE001  # every way of not answering is the same answer
             logger.info("broker does not answer: %s", error)
 
-    threading.Thread(target=ping, name="broker-ping", daemon=True).start()
+    ping_here = functools.partial(contextvars.copy_context().run, ping)  # its line names the request
+    threading.Thread(target=ping_here, name="broker-ping", daemon=True).start()
     return answered.wait(PUBLISH_SECONDS)

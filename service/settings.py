@@ -10,11 +10,19 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+LogFormat = Literal["text", "json"]
+
 
 class DatabaseSettings(BaseSettings):
     """What a migration needs."""
 
-    model_config = SettingsConfigDict(env_prefix="SLIMTUNE_", frozen=True, extra="ignore", populate_by_name=True)
+    model_config = SettingsConfigDict(
+        env_prefix="SLIMTUNE_",
+        frozen=True,
+        extra="ignore",
+        populate_by_name=True,
+        hide_input_in_errors=True,  # the input has passwords
+    )
 
     database_url: str = Field(validation_alias="DATABASE_URL")
     """SQLAlchemy URL, `postgresql://` or `postgresql+psycopg://`."""
@@ -27,6 +35,8 @@ class Settings(DatabaseSettings):
     """Broker URL, `redis://host:port/db` or `redis+socket:///path/of/the.sock`."""
     data_dir: Path
     """Folder of uploads and checkpoints, shared by API and workers."""
+    log_format: LogFormat = "text"
+    """How every process writes its log: for people, or one JSON object a line."""
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65_535)
     max_upload_bytes: int = Field(default=2 * 1024**3, ge=1)

@@ -9,7 +9,7 @@ from typing import Any
 
 from celery import signals
 
-from service import database
+from service import database, logs
 from service.queue import celery_app
 from service.settings import load_settings
 from worker import device
@@ -30,9 +30,17 @@ _controllers: list[Any] = []
 logger = logging.getLogger(__name__)
 
 
+@signals.setup_logging.connect  # type: ignore[untyped-decorator]
+def configure_logs(loglevel: int, **_: Any) -> None:
+    """In place of what Celery would set up, here and in each pool process."""
+    logs.configure(load_settings().log_format, loglevel)
+
+
 @signals.celeryd_after_setup.connect  # type: ignore[untyped-decorator]
 def remember_controller(instance: Any, **_: Any) -> None:
     _controllers[:] = [instance]
+    # With it the pool processes say "calling self.run()" in a format of billiard's own.
+    os.environ.pop("_MP_FORK_LOGLEVEL_", None)
 
 
 @signals.celeryd_after_setup.connect  # type: ignore[untyped-decorator]

@@ -77,12 +77,12 @@ class Attempt:
             except (FencedError, LeaseLostError):
                 raise
             except Exception as error:
-                logger.exception("%s: the end of attempt %d", self._job.id, self._job.attempt)
+                logger.exception("the attempt's end cannot be written")
                 # What waits to be written may be what the database refuses, and the end of the run must be written.
                 self._ledger.discard()
                 return self._conclude(self._broken(error))
         except (FencedError, LeaseLostError) as error:
-            logger.warning("%s: attempt %d ends: %s", self._job.id, self._job.attempt, error)
+            logger.warning("the attempt ends, and writes nothing more: %s", error)
             return False
 
     def _train_or_say_why_not(self) -> Ending:
@@ -91,7 +91,7 @@ class Attempt:
         except (FencedError, LeaseLostError):
             raise
         except Exception as error:
-            logger.exception("%s: attempt %d", self._job.id, self._job.attempt)
+            logger.exception("the attempt cannot go on")
             return self._broken(error)
 
     def _broken(self, error: Exception) -> Ending:
@@ -148,7 +148,7 @@ class Attempt:
                 resume_from = self._storage.path(path)
                 self._ledger.last_checkpoint = step
                 break
-            logger.warning("%s: checkpoint %d is damaged: %s", self._job.id, step, reason)
+            logger.warning("checkpoint %d is damaged: %s", step, reason)
             self._ledger.add(Event("checkpoint_damaged", {"step": step, "reason": reason}))
             registered.discard(self._storage.path(path))  # out of the way of the step's next checkpoint
         self._ledger.hold()
@@ -238,4 +238,5 @@ class Attempt:
             if self._ledger.lease.age_seconds > self._settings.lease_seconds:
                 raise LeaseLostError("its end could not be written")
             time.sleep(RETRY_SECONDS)
+        logger.info("the attempt ends, the job is %s", status[0])
         return status == [JobStatus.QUEUED.value]

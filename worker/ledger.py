@@ -198,11 +198,11 @@ class Ledger:
         return []
 
     def _log_outage(self, error: SQLAlchemyError) -> None:
-        logger.warning("%s: the database does not answer: %s", self._job.id, str(error).splitlines()[0])
+        logger.warning("the database does not answer: %s", str(error).splitlines()[0])
 
     def _remove(self, folders: list[str]) -> None:
         for folder in folders:
             try:
                 self._storage.remove(folder)
             except OSError as error:  # no row knows it any more, so the next attempt removes it as a stray
-                logger.warning("%s: %s not deleted: %s", self._job.id, folder, error)
+                logger.warning("%s not deleted: %s", folder, error)

@@ -78,6 +78,7 @@ def conclude(session: Session, job: ClaimedJob, desired: Desired, ending: Ending
     error = error_of(ending)
     data = {"status": ending.status, "signal": _signal_name(ending.status), "error": error, "log": ending.log}
     runs.add_event(session, job.id, job.attempt, "trainer_failed", data)
+    logger.warning("the trainer failed at step %d, %s: %s", error["step"], error["code"], error["message"])
     if error["code"] == MEMORY_CODE:
         return _over_the_cap(session, job, error)
     if error["code"] in FINAL_CODES:
@@ -93,7 +94,7 @@ def _learn(session: Session, job: ClaimedJob, lesson: Callable[[Job], None]) -> 
     except Exception as error:  # the attempt has ended, whatever it may teach
         if isinstance(error, SQLAlchemyError) and is_outage(error):
             raise  # the end cannot be written now either; it will be tried again
-        logger.exception("%s: nothing learned from attempt %d", job.id, job.attempt)
+        logger.exception("nothing learned from the attempt")
 
 
 def _over(ending: Ending) -> int | None:

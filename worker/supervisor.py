@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from service import claims, database, jobs, queue
+from service import claims, database, jobs, logs, queue
 from service.runs import ClaimedJob
 from service.settings import Settings
 from worker.attempt import Attempt
@@ -42,6 +42,7 @@ def supervise(
     """
     bind = database.engine(settings)
     device = device_id(settings.device_kind)
+    logger.info("woken for %s", job_id)
     try:
         with (
             StopRequest() as stop,
@@ -50,15 +51,16 @@ def supervise(
             ) as slot,
         ):
             if slot is None:
-                logger.info("%s: all slots are in use", job_id)
+                logger.info("all slots are in use")
                 return
             job = None if stop.requested else _claim(bind, settings, device, slot)
             if job is None:
                 return
-            logger.info("%s: attempt %d", job.id, job.attempt)
-            attempt = Attempt(job, bind, settings, command=command, slot=slot.descriptor, stop=stop)
-            _let_others_look(bind, settings)  # after that: the attempt counts its lease from the line above
-            attempt.run()
+            with logs.bound(job_id=job.id, attempt=job.attempt):
+                logger.info("the attempt begins")
+                attempt = Attempt(job, bind, settings, command=command, slot=slot.descriptor, stop=stop)
+                _let_others_look(bind, settings)  # after that: the attempt counts its lease from the line above
+                attempt.run()
         _let_others_look(bind, settings)
     finally:
         bind.dispose()

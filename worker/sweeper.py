@@ -14,7 +14,7 @@ from celery import Celery
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from service import database, devices, jobs, queue, runs
+from service import database, devices, jobs, logs, queue, runs
 from service.settings import Settings, load_settings
 from service.storage import Storage, stderr_path
 from worker.process import tail
@@ -37,7 +37,8 @@ def sweep(bind: Engine, app: Celery, storage: Storage) -> list[str]:
         waiting = jobs.queued_ids(session)
         slots = devices.live_slots(session)
     for job_id in requeued:
-        logger.warning("%s: its lease ran out, queued again", job_id)
+        with logs.bound(job_id=job_id):
+            logger.warning("its lease ran out, queued again")
     _wake(app, waiting, slots)
     return requeued
 
@@ -46,7 +47,8 @@ def _log_of(storage: Storage, job_id: str, attempt: int) -> list[str]:
     try:
         return tail(storage.path(stderr_path(job_id, attempt)))
     except OSError as error:  # a log is nice to have; the job must not wait for it
-        logger.warning("the trainer's log cannot be read: %s", error)
+        with logs.bound(job_id=job_id, attempt=attempt):
+            logger.warning("the trainer's log cannot be read: %s", error)
         return []
 
 
@@ -85,10 +87,11 @@ def _exit(_number: int, _frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    settings = load_settings()
+    logs.configure(settings.log_format)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _exit)
-    run(load_settings())
+    run(settings)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from fastapi import APIRouter, BackgroundTasks, Body, Query, Request, Response
 from sqlalchemy.orm import Session
 
 from api import workload
-from api.dependencies import ContextDep, Limit, SessionDep
+from api.dependencies import ContextDep, Limit, RequestId, SessionDep
 from api.problems import documented
 from api.responses import EventResponse, JobResponse, MetricResponse, Page
 from api.schemas import INT64_END, JOB_EXAMPLES, JobRequest, ResumeRequest
@@ -31,6 +31,7 @@ def create(
     context: ContextDep,
     response: Response,
     background: BackgroundTasks,
+    request_id: RequestId,
 ) -> JobResponse:
     """Plan the job under its memory cap and queue it. The answer has the plan; `Location` is where to watch."""
     planned = workload.resolve(session, request)
@@ -44,6 +45,7 @@ def create(
         dataset_id=request.dataset,
         validation_dataset_id=request.validation_dataset,
         base_model_id=planned.base_model_id,
+        request_id=request_id,
     )
     # Background tasks run after the answer, so after the commit: no worker looks for a row that is not there yet.
     background.add_task(queue.wake, job.id, context.producer)

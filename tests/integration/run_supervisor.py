@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 
+from service import logs
 from service.settings import load_settings
 from tests.chaos import guards
 from worker.supervisor import supervise
@@ -13,6 +13,7 @@ from worker.supervisor import supervise
 FAKE_TRAINER = Path(__file__).with_name("fake_trainer.py")
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    settings = load_settings()
+    logs.configure(settings.log_format)
     guards.remove_as_told()
-    supervise(sys.argv[1], load_settings(), command=[sys.executable, str(FAKE_TRAINER), sys.argv[2]])
+    supervise(sys.argv[1], settings, command=[sys.executable, str(FAKE_TRAINER), sys.argv[2]])

@@ -249,7 +249,7 @@ class Stage:
 
     def worker(self, application: str = "tests.integration.fake_worker", **options: Any) -> subprocess.Popen[bytes]:
         """A Celery worker, by default with fake trainers of these options."""
-        command = [sys.executable, "-m", "celery", "-A", application, "worker", "--loglevel=INFO"]
+        command = [sys.executable, "-m", "celery", "--quiet", "-A", application, "worker", "--loglevel=INFO"]
         command += ["--without-mingle", "--without-gossip"]  # a second of looking for other workers
         return self.start("worker", command, FAKE_TRAINER_OPTIONS=json.dumps(options))
 

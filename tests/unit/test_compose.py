@@ -59,6 +59,11 @@ def test_passwords_have_no_defaults(compose: dict[str, Any]) -> None:
                 assert re.search(r"\$\{\w+_PASSWORD:\?", value), variable
 
 
+def test_our_own_processes_log_json(compose: dict[str, Any]) -> None:
+    for name in ("api", "sweeper", "worker", "worker-gpu"):
+        assert compose["services"][name]["environment"]["SLIMTUNE_LOG_FORMAT"] == "${SLIMTUNE_LOG_FORMAT:-json}"
+
+
 def test_nothing_starts_before_the_migration(compose: dict[str, Any]) -> None:
     for name in ("api", "sweeper", "worker", "worker-gpu"):
         condition = compose["services"][name]["depends_on"]["migrate"]
