@@ -103,6 +103,16 @@ def test_a_failed_job_says_what_happened_where_and_what_to_do(stage: Stage, caus
         assert stage.events(job_id, "trainer_failed")[-1][1]["error"]["code"] == code
 
 
+def test_so_does_a_job_that_waits_for_space(stage: Stage) -> None:
+    with TestClient(create_app(stage.settings)) as client:
+        job_id = create_job(client)
+        for _ in range(runs.MAX_FAILURES):
+            fake(error_code="disk_full")(stage, job_id)
+        job = client.get(f"/jobs/{job_id}").json()
+    assert (job["status"], job["error"]["code"]) == ("paused", "disk_full")
+    check(job["error"])
+
+
 def create_job(client: TestClient) -> str:
     dataset = client.post("/datasets", files={"file": ("text.txt", b"Hello, world. " * 100)}).json()["id"]
     body = {"model": "performer-tiny", "dataset": dataset, "sequence_length": 64, "steps": 12, "memory_cap": CAP_BYTES}
