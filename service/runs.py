@@ -364,8 +364,7 @@ def _give_back(
     if exhausted and error is not None and error["code"] == DISK_FULL:
         # Nothing is wrong with the job, and only a person can help: it keeps its checkpoints and waits.
         status = JobStatus.PAUSED
-        hint = "free space in the data directory, then resume the job: it goes on from its last checkpoint"
-        values |= {"desired": Desired.PAUSE.value, "error": clean_json({**error, "hint": hint})}
+        values |= {"desired": Desired.PAUSE.value, "error": clean_json(error)}
     elif exhausted:
         status = JobStatus.FAILED
         cause = f" The last one: {error['message']}" if error and error.get("message") else ""

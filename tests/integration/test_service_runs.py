@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from service import checkpoints, events, jobs, metrics, runs
 from service.database import transaction
 from service.errors import FencedError
+from service.failures import job_error
 from service.models import Job
 from service.runs import ClaimedJob
 from service.status import Desired
@@ -277,16 +278,15 @@ def test_three_crashes_in_a_row_without_progress_fail_the_job(bind: Engine, job:
 
 
 def test_a_full_disk_pauses_the_job_until_somebody_resumes_it(bind: Engine, job: Job) -> None:
-    cause = {"code": "disk_full", "message": "no space left", "step": 0, "hint": None}
+    cause = job_error("disk_full", "no space left", 0)
     for _ in range(3):
         claimed = claim(bind, job.id)
         with transaction(bind) as session:
             runs.release(session, job.id, claimed.attempt, "disk_full", progressed=False, error=cause)
     row = state(bind, job.id)
     assert (row.status, row.desired, row.failures) == ("paused", "pause", 3)
-    assert row.error is not None
-    assert (row.error["code"], row.error["message"]) == ("disk_full", "no space left")
-    assert "resume" in row.error["hint"]
+    assert row.error == cause
+    assert "resume the job" in cause["hint"]
     with transaction(bind) as session:
         resumed = jobs.request(session, job.id, "resume")
     assert (resumed.status, resumed.failures, resumed.error) == ("queued", 0, None)
