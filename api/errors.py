@@ -57,7 +57,11 @@ def _service_error(request: Request, error: Exception) -> Response:
     if error.status >= 500:
         logger.error("%s: %s", error.code, error.message)
     param = getattr(error, "param", error.fields.get("field"))
-    return problem_response(request.scope, error.status, error.code, error.message, fields=error.fields, param=param)
+    seconds = error.retry_after_seconds
+    headers = None if seconds is None else {"Retry-After": str(seconds)}
+    return problem_response(
+        request.scope, error.status, error.code, error.message, fields=error.fields, param=param, headers=headers
+    )
 
 
 def _memory_cap_infeasible(request: Request, error: Exception) -> Response:

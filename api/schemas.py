@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
+from fastapi import Header
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -20,6 +22,7 @@ from pydantic import (
 from api.units import parse_bytes
 
 INT64_END = 2**63
+VISIBLE_ASCII = r"[!-~]{1,255}"
 
 
 def _storable(text: str) -> str:
@@ -44,6 +47,24 @@ MemoryCap = Annotated[
             ]
         }
     ),
+]
+
+
+def _visible(key: str) -> str:
+    if not re.fullmatch(VISIBLE_ASCII, key):
+        raise ValueError("must be 1 to 255 visible ASCII characters")
+    return key
+
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        description="Names this request for 24 hours: sent again with its key it is answered as before, and makes no "
+        "second job. A new key for each job, for example a UUID; quotes are part of it.",
+    ),
+    AfterValidator(_visible),
+    WithJsonSchema({"type": "string", "pattern": f"^{VISIBLE_ASCII}$"}),
 ]
 
 

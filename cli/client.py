@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypedDict
+from uuid import uuid4
 
 import httpx2
 
 PAGE = 1_000
 CHUNK_BYTES = 1 << 20
+REPEAT_PAUSES_SECONDS = (0.1, 0.5, 1.0)
+"""Before each further try to create a job."""
 
 
 class FrontierPoint(TypedDict):
@@ -180,7 +184,22 @@ class Client:
         return plan
 
     def create_job(self, job: dict[str, Any]) -> Job:
-        created: Job = self._request("POST", "/jobs", json=job)
+        """One job, even if answers are lost: the request is repeated a few times, with one Idempotency-Key.
+
+        Where no try is answered (ServiceError, status 0 or 503), it is not known whether there is a job.
+        """
+        key = {"Idempotency-Key": uuid4().hex}
+        for pause in REPEAT_PAUSES_SECONDS:
+            try:
+                return self._create_job(job, key)
+            except ServiceError as error:
+                if error.status not in (0, 503) and error.code != "idempotency_key_in_flight":
+                    raise
+            time.sleep(pause)
+        return self._create_job(job, key)
+
+    def _create_job(self, job: dict[str, Any], headers: dict[str, str]) -> Job:
+        created: Job = self._request("POST", "/jobs", json=job, headers=headers)
         return created
 
     def job(self, job_id: str) -> Job:

@@ -10,6 +10,8 @@ class ServiceError(Exception):
 
     status: ClassVar[int] = 500
     code: str = "internal_error"
+    retry_after_seconds: ClassVar[int | None] = None
+    """When the same request may be answered otherwise; None where time changes nothing."""
 
     def __init__(self, message: str, **fields: Any) -> None:
         super().__init__(message)
@@ -41,6 +43,29 @@ class JobStateConflictError(ServiceError):
     def __init__(self, job_id: str, action: str, state: str, desired: str) -> None:
         state_text = state if desired == "run" else f"{state}, with {desired} requested"
         super().__init__(f"Cannot {action} a job that is {state_text}.", job=job_id, job_status=state)
+
+
+class IdempotencyKeyInFlightError(ServiceError):
+    """A request with the same key is being worked on; what it will be answered is not known yet."""
+
+    status = 409
+    code = "idempotency_key_in_flight"
+    param = "Idempotency-Key"
+    retry_after_seconds = 1
+
+    def __init__(self) -> None:
+        super().__init__("A request with this Idempotency-Key is being worked on. Send the same again in a second.")
+
+
+class IdempotencyKeyReusedError(ServiceError):
+    """The key came with another request before."""
+
+    status = 422
+    code = "idempotency_key_reused"
+    param = "Idempotency-Key"
+
+    def __init__(self) -> None:
+        super().__init__("This Idempotency-Key came with another request before. A new request needs a new key.")
 
 
 class FencedError(ServiceError):

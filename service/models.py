@@ -165,6 +165,23 @@ class TenantUsage(Base):
     updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
+class IdempotencyKey(Base):
+    """What a request was answered under its Idempotency-Key (idempotency.py)."""
+
+    __tablename__ = "idempotency_keys"
+    __table_args__ = (Index("idempotency_keys_created_at", "created_at"),)
+
+    tenant: Mapped[str] = mapped_column(Id, primary_key=True)
+    key: Mapped[str] = mapped_column(Id, primary_key=True)
+    request_sha256: Mapped[str]
+    """Of the validated request as JSON with sorted keys, in hex."""
+    job_id: Mapped[str] = mapped_column(Id)
+    """No foreign key: a request that comes once more gets its answer, not another job, whatever became of the first."""
+    answer: Mapped[str]
+    """The body: JSON, as it went out."""
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
 class JobEvent(Base):
     __tablename__ = "job_events"
     __table_args__ = (Index("job_events_job_id_id", "job_id", "id"),)

@@ -14,7 +14,7 @@ from celery import Celery
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from service import database, devices, jobs, logs, queue, runs
+from service import database, devices, idempotency, jobs, logs, queue, runs
 from service.settings import Settings, load_settings
 from service.storage import Storage, stderr_path
 from worker.process import tail
@@ -36,6 +36,7 @@ def sweep(bind: Engine, app: Celery, storage: Storage) -> list[str]:
         requeued = runs.requeue_expired(session, log_of=functools.partial(_log_of, storage))
         waiting = jobs.queued_ids(session)
         slots = devices.live_slots(session)
+        idempotency.forget_expired(session)
     for job_id in requeued:
         with logs.bound(job_id=job_id):
             logger.warning("its lease ran out, queued again")

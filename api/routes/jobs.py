@@ -14,43 +14,71 @@ from api import workload
 from api.dependencies import ContextDep, Limit, RequestId, SessionDep
 from api.problems import documented
 from api.responses import EventResponse, JobResponse, MetricResponse, Page
-from api.schemas import INT64_END, JOB_EXAMPLES, JobRequest, ResumeRequest
-from service import events, jobs, metrics, queue
+from api.schemas import INT64_END, JOB_EXAMPLES, IdempotencyKey, JobRequest, ResumeRequest
+from service import events, idempotency, jobs, metrics, queue
 from service import models as rows
 from service.status import Action
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
 CSV_COLUMNS = tuple(MetricResponse.model_fields)
+REPLAYED = "Idempotency-Replayed"
+CREATED: dict[int | str, dict[str, Any]] = {
+    202: {
+        "headers": {
+            "Location": {"description": "The job.", "schema": {"type": "string"}},
+            REPLAYED: {
+                "description": "`true` if the key came before: this is the answer of then.",
+                "schema": {"type": "string"},
+            },
+        }
+    }
+}
 
 
-@router.post("", status_code=202, summary="Create a job", responses=documented(400, 404, 413, 422))
+@router.post(
+    "",
+    status_code=202,
+    response_model=JobResponse,
+    summary="Create a job",
+    responses=documented(400, 404, 409, 413, 422) | CREATED,
+)
 def create(
     request: Annotated[JobRequest, Body(openapi_examples=JOB_EXAMPLES)],
     session: SessionDep,
     context: ContextDep,
-    response: Response,
     background: BackgroundTasks,
     request_id: RequestId,
-) -> JobResponse:
-    """Plan the job under its memory cap and queue it. The answer has the plan; `Location` is where to watch."""
-    planned = workload.resolve(session, request)
-    job = jobs.create(
-        session,
-        spec=request.model_dump(mode="json"),
-        train=planned.train.to_json(),
-        model_config=planned.model.to_json(),
-        plan=planned.plan.to_json(),
-        memory_cap_bytes=request.memory_cap,
-        dataset_id=request.dataset,
-        validation_dataset_id=request.validation_dataset,
-        base_model_id=planned.base_model_id,
-        request_id=request_id,
-    )
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
+    """Plan the job under its memory cap and queue it. The answer has the plan; `Location` is where to watch.
+
+    With an `Idempotency-Key` a request whose answer was lost can be sent again: there will be one job.
+    """
+    spec = request.model_dump(mode="json")
+
+    def new_job() -> idempotency.Created:
+        planned = workload.resolve(session, request)
+        job = jobs.create(
+            session,
+            spec=spec,
+            train=planned.train.to_json(),
+            model_config=planned.model.to_json(),
+            plan=planned.plan.to_json(),
+            memory_cap_bytes=request.memory_cap,
+            dataset_id=request.dataset,
+            validation_dataset_id=request.validation_dataset,
+            base_model_id=planned.base_model_id,
+            request_id=request_id,
+        )
+        return idempotency.Created(job.id, JobResponse.of_row(job).model_dump_json())
+
+    created = idempotency.once(session, idempotency_key, spec, new_job)
     # Background tasks run after the answer, so after the commit: no worker looks for a row that is not there yet.
-    background.add_task(queue.wake, job.id, context.producer)
-    response.headers["Location"] = f"/jobs/{job.id}"
-    return JobResponse.of_row(job)
+    # For a job that waits no more the message is a look for work, as any other.
+    background.add_task(queue.wake, created.job_id, context.producer)
+    headers = {"Location": f"/jobs/{created.job_id}"} | ({REPLAYED: "true"} if created.replayed else {})
+    return Response(created.answer, 202, headers, "application/json")
 
 
 @router.get("", summary="List jobs", responses=documented(422))

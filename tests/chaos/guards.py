@@ -130,6 +130,8 @@ REMOVE: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "hash check": lambda: patch("worker.resume._sha256", lambda _path, _beat: ANY),
     # What a failed write has left stays.
     "clean-up": lambda: patch("slim_core.weights.checkpoint.shutil.rmtree", lambda *_, **__: None),
+    # A request is a new one, whatever key it brings.
+    "idempotency": lambda: patch("service.idempotency.once", lambda _session, _key, _request, create: create()),
     # A process holds what it likes.
     "cap": _no_cap,
     # A loss that is no number is one like any other.

@@ -65,7 +65,7 @@ def wiped_broker(arena: Arena, cycles: int) -> Iterator[str]:
 def dead_broker(arena: Arena, cycles: int) -> Iterator[str]:
     """POST /jobs while Redis is gone, or accepts and never answers: at once, and the job runs when it is back."""
     with arena.fragile_stage(sweep_seconds=SWEEP_SECONDS) as (stage, servers):
-        body = _body(stage)
+        body = job_body(stage)
         stage.sweeper()
         stage.worker(step_seconds=0.0)
         with TestClient(create_app(stage.settings)) as client:
@@ -91,7 +91,7 @@ def dead_broker(arena: Arena, cycles: int) -> Iterator[str]:
                     yield from finished(stage, job_id, arena.patience_seconds)
 
 
-def _body(stage: Stage) -> dict[str, Any]:
+def job_body(stage: Stage) -> dict[str, Any]:
     dataset = add_dataset(stage.bind, Storage(stage.settings.data_dir))
     fields = {"model": "performer-tiny", "memory_cap": "512MiB", "sequence_length": 64, "batch_size": 1, "steps": 2}
     return {**fields, "dataset": dataset.id}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import httpx2
 import psutil
 import pytest
 
+from cli.client import Client
 from service.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,6 +157,46 @@ def test_a_fault_is_answered_and_the_server_lives_on(server: Server) -> None:
         assert connection.recv(100).startswith(b"HTTP/1.1 413")
     answer = httpx2.get(f"{server.url}/healthz")
     assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
+
+
+SUBMISSIONS = 50
+
+
+@pytest.fixture
+def body(server: Server) -> dict[str, Any]:
+    files = {"file": ("text.txt", b"Hello, world. " * 100)}
+    dataset = httpx2.post(f"{server.url}/datasets", files=files).json()["id"]
+    return {"model": "performer-tiny", "dataset": dataset, "memory_cap": "4GiB", "sequence_length": 128, "steps": 10}
+
+
+def names_of_jobs(server: Server) -> dict[str, str | None]:
+    jobs = httpx2.get(f"{server.url}/jobs", params={"limit": 100}).json()["data"]
+    return {job["id"]: job["name"] for job in jobs}
+
+
+def test_fifty_submissions_at_once_make_fifty_jobs(server: Server, body: dict[str, Any]) -> None:
+    def submit(name: str) -> str:
+        with Client(server.url) as client:
+            return client.create_job({**body, "name": name})["id"]
+
+    names = [str(number) for number in range(SUBMISSIONS)]
+    with ThreadPoolExecutor(SUBMISSIONS) as pool:
+        ids = list(pool.map(submit, names))
+    assert names_of_jobs(server) == dict(zip(ids, names, strict=True))
+
+
+def test_fifty_submissions_at_once_with_one_key_make_one_job(server: Server, body: dict[str, Any]) -> None:
+    def submit(_: int) -> httpx2.Response:
+        return httpx2.post(f"{server.url}/jobs", json=body, headers={"Idempotency-Key": "one"}, timeout=60)
+
+    with ThreadPoolExecutor(SUBMISSIONS) as pool:
+        answers = list(pool.map(submit, range(SUBMISSIONS)))
+    made = [answer for answer in answers if answer.status_code == 202]
+    (job_id,) = names_of_jobs(server)
+    assert {answer.json()["id"] for answer in made} == {job_id}
+    assert [answer.headers.get("idempotency-replayed") for answer in made].count(None) == 1
+    refused = {(answer.status_code, answer.json()["code"]) for answer in answers if answer not in made}
+    assert refused <= {(409, "idempotency_key_in_flight")}
 
 
 def _eventually(condition: Any, seconds: float = 10) -> None:

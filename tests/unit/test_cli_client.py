@@ -23,7 +23,10 @@ class Script:
 
     url: str = ""
     answers: dict[str, tuple[int, str, bytes]] = field(default_factory=dict)
+    first: list[tuple[int, str, bytes] | None] = field(default_factory=list)
+    """Answers to come before those, whatever the path; None hangs up."""
     requests: list[tuple[str, bytes]] = field(default_factory=list)
+    keys: list[str | None] = field(default_factory=list)
     truncate: bool = False
 
     def json(self, path: str, body: object, status: int = 200, content_type: str = "application/json") -> None:
@@ -38,7 +41,12 @@ def script() -> Iterator[Script]:
         def do_GET(self) -> None:
             length = int(self.headers.get("Content-Length", 0))
             script.requests.append((f"{self.command} {self.path}", self.rfile.read(length)))
-            status, content_type, body = script.answers[self.path]
+            script.keys.append(self.headers["Idempotency-Key"])
+            answer = script.first.pop(0) if script.first else script.answers[self.path]
+            if answer is None:
+                self.close_connection = True
+                return
+            status, content_type, body = answer
             self.send_response(status)
             self.send_header("Content-Type", content_type)
             self.send_header("Content-Length", str(len(body)))
@@ -117,6 +125,56 @@ def test_a_problem_becomes_an_error_with_its_fields(client: Client, script: Scri
         client.create_job({})
     assert (refusal.value.status, refusal.value.code) == (422, "memory_cap_infeasible")
     assert refusal.value.problem["minimum_cap_bytes"] == 314_572_800
+
+
+def problem(status: int, code: str) -> tuple[int, str, bytes]:
+    return status, "application/problem+json", json.dumps({"code": code}).encode()
+
+
+IN_FLIGHT = problem(409, "idempotency_key_in_flight")
+UNAVAILABLE = problem(503, "database_unavailable")
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cli.client.REPEAT_PAUSES_SECONDS", (0.0, 0.0, 0.0))
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("first", [[], [None], [IN_FLIGHT], [UNAVAILABLE], [None, IN_FLIGHT, UNAVAILABLE]])
+def test_a_job_is_asked_for_again_with_the_same_key(
+    client: Client, script: Script, first: list[tuple[int, str, bytes] | None]
+) -> None:
+    script.first = list(first)
+    script.json("/jobs", {"id": "job_1"}, 202)
+    assert client.create_job({"steps": 1})["id"] == "job_1"
+    assert script.requests == [("POST /jobs", b'{"steps":1}')] * (len(first) + 1)
+    assert script.keys[0] is not None
+    assert set(script.keys) == {script.keys[0]}
+    client.create_job({"steps": 1})
+    assert script.keys[-1] != script.keys[0]
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize(
+    ("answer", "status", "tries"),
+    [
+        (None, 0, 4),
+        (UNAVAILABLE, 503, 4),
+        (IN_FLIGHT, 409, 4),
+        (problem(409, "job_state_conflict"), 409, 1),
+        (problem(422, "idempotency_key_reused"), 422, 1),
+        (problem(500, "internal_error"), 500, 1),
+    ],
+)
+def test_a_job_is_asked_for_a_few_times_and_only_where_that_can_help(
+    client: Client, script: Script, answer: tuple[int, str, bytes] | None, status: int, tries: int
+) -> None:
+    script.first = [answer] * 9
+    with pytest.raises(ServiceError) as refusal:
+        client.create_job({})
+    assert refusal.value.status == status
+    assert len(script.requests) == tries
 
 
 def test_an_error_that_the_service_did_not_make(client: Client, script: Script) -> None:
