@@ -187,7 +187,7 @@ def full_disk(arena: Arena, cycles: int) -> Iterator[str]:
         expected = curve(stage, alone.id)
         written = [file["bytes"] for file in stage.checkpoints(alone.id)[0].files]
         sizes = _Sizes(2 * len(TEXT), sum(written), max(written))
-        shutil.rmtree(stage.folder(alone.id))
+        _delete_files(stage, alone)
         for kind in itertools.islice(itertools.cycle(disk.kinds), cycles):
             job_id = real_job(stage, _dataset(stage), STEPS, EVERY)
             with disk.room(arena, kind, sizes) as options:
@@ -198,7 +198,13 @@ def full_disk(arena: Arena, cycles: int) -> Iterator[str]:
             job = _run(arena, stage, job_id)
             if (job.status, job.error) != ("succeeded", None) or curve(stage, job_id) != expected:
                 yield f"{job_id}: {kind}: {job.status} at step {job.step} with space again: {job.error}"
-            shutil.rmtree(stage.folder(job_id))
+            _delete_files(stage, job)
+
+
+def _delete_files(stage: Stage, job: Job) -> None:
+    """Of the job and its dataset: the disk is small."""
+    shutil.rmtree(stage.folder(job.id).parent)
+    shutil.rmtree(stage.settings.data_dir / "datasets" / job.dataset_id)
 
 
 TEXT = "\n".join(f"{number}: {number * number}" for number in range(5_000))
