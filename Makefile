@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
 TORCH := $(shell grep '^torch==' requirements.lock)
 
-.PHONY: help demo up test test-extra lint tradeoff bench plan-accuracy packing plan-latency caps chaos paper format clean
+.PHONY: help demo up test test-extra lint tradeoff bench plan-accuracy packing plan-latency caps load chaos paper format clean
 
 help:
 	@echo "make demo        one real training job through the REST API, from upload to a sample; about 3 minutes"
@@ -20,6 +20,7 @@ help:
 	@echo "make packing     simulate thousands of jobs on one device, and run three at once (docs/packing.md); 2 minutes"
 	@echo "make plan-latency   post hundreds of plans to a running API and time the answers (docs/planner.md)"
 	@echo "make caps        run jobs under 20 caps, from too small to plentiful, and plans that are wrong (docs/caps.md)"
+	@echo "make load        200 requests a second on 20,000 jobs while one trains, on two cores (docs/load.md); 4 minutes"
 	@echo "make chaos       kill, stop and starve everything that runs a job, thousands of times (docs/chaos.md); over an hour"
 	@echo "make paper       reproduce the claims of the SLiM paper (docs/paper.md); over an hour, can be continued"
 	@echo "make format      let ruff format and fix what it can"
@@ -78,6 +79,9 @@ plan-latency: $(INSTALLED)
 
 caps: $(INSTALLED)
 	$(BIN)/python -m benchmarks.caps
+
+load: $(INSTALLED)
+	$(BIN)/python -m benchmarks.load
 
 chaos: $(INSTALLED)
 	$(BIN)/python -m tests.chaos

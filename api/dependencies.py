@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Annotated
 
+from anyio import CapacityLimiter, to_thread
 from celery import Celery
 from fastapi import Depends, Query, Request
 from sqlalchemy import Engine
@@ -26,15 +27,28 @@ class Context:
     producer: Celery
 
 
-def get_context(request: Request) -> Context:
+async def get_context(request: Request) -> Context:
+    # Waits for nothing: `async`, so that FastAPI does not send each request through a thread for it.
     context: Context = request.app.state.context
     return context
 
 
-def get_session(context: Annotated[Context, Depends(get_context)]) -> Iterator[Session]:
-    """A session whose transaction is committed before the answer goes out."""
-    with database.transaction(context.engine) as session:
+async def get_session(context: Annotated[Context, Depends(get_context)]) -> AsyncIterator[Session]:
+    """A session whose transaction is committed before the answer goes out.
+
+    Its beginning asks the database nothing and needs no thread. Its end does, and has one beyond the limit on threads:
+    routes that hold all of these may be waiting for the connection that it gives back.
+    """
+    transaction = database.transaction(context.engine)
+    session = transaction.__enter__()
+    try:
         yield session
+    except BaseException as error:
+        await to_thread.run_sync(
+            transaction.__exit__, type(error), error, error.__traceback__, limiter=CapacityLimiter(1)
+        )
+        raise
+    await to_thread.run_sync(transaction.__exit__, None, None, None, limiter=CapacityLimiter(1))
 
 
 def get_request_id(request: Request) -> str:

@@ -99,7 +99,7 @@ class FrontierResponse(_Response):
     predicted_step_seconds: float
 
 
-class PlanResponse(_Response):
+class PlanSummary(_Response):
     chunk_length: int
     num_chunks: int
     state_policy: str
@@ -116,6 +116,9 @@ class PlanResponse(_Response):
     calibration_source: str
     calibration_version: int = Field(0, description="Of the stored calibration of the device; 0 for the default.")
     time_factor: float = Field(description="What finished jobs of this model taught about times, in the prediction.")
+
+
+class PlanResponse(PlanSummary):
     frontier: list[FrontierResponse] = Field(description="Plans that no other beats in both memory and time.")
 
 
@@ -167,7 +170,9 @@ class JobError(_Response):
     hint: str | None = None
 
 
-class JobResponse(_Response):
+class JobSummary(_Response):
+    """A job as lists have it: its plan without the frontier."""
+
     id: str
     name: str | None
     status: Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
@@ -199,7 +204,7 @@ class JobResponse(_Response):
     started_at: datetime | None
     finished_at: datetime | None
     attempt: int
-    plan: PlanResponse
+    plan: PlanSummary
     predicted_peak_bytes: int
     probed_peak_bytes: int | None
     measured_peak_bytes: int | None
@@ -228,6 +233,10 @@ class JobResponse(_Response):
             "error": job.error,
         }
         return cls.model_validate({**job.spec, **added})
+
+
+class JobResponse(JobSummary):
+    plan: PlanResponse
 
 
 def _certificate(job: rows.Job) -> dict[str, Any] | None:

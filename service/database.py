@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import sqlalchemy
+from pydantic_core import from_json
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
@@ -19,12 +20,13 @@ def engine(settings: Settings) -> Engine:
     """A connection pool for one process. It connects on first use; dispose of it when the process ends."""
     return sqlalchemy.create_engine(
         settings.database_url,
-        pool_size=5,
-        max_overflow=15,
+        pool_size=20,  # opened as needed, and kept: a connection for one burst costs more than what it is for
+        max_overflow=0,
         pool_timeout=5,
         pool_pre_ping=True,  # after a restart of the database the pool's old connections are dead
         pool_recycle=1_800,
         hide_parameters=True,  # in exceptions, whose text goes into logs: they are what users sent
+        json_deserializer=from_json,  # in half the time of `json`: plans are most of what a list of jobs reads
         connect_args={
             "connect_timeout": CONNECT_TIMEOUT_SECONDS,
             "keepalives_idle": 10,

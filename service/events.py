@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from service.jsonable import clean_json
 from service.models import JobEvent
-from service.pages import take
+from service.pages import of_job
 
 
 def record(session: Session, job_id: str, attempt: int, event_type: str, data: dict[str, Any] | None = None) -> None:
@@ -19,6 +19,9 @@ def record(session: Session, job_id: str, attempt: int, event_type: str, data: d
 
 
 def page(session: Session, job_id: str, after: int = 0, limit: int = 100) -> tuple[list[JobEvent], bool]:
-    """Up to `limit` events with an id above `after`, oldest first, and whether there are more."""
+    """Up to `limit` events with an id above `after`, oldest first, and whether there are more.
+
+    Raises NotFoundError if there is no such job.
+    """
     query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.id > after).order_by(JobEvent.id)
-    return take(session, query, limit)
+    return of_job(session, query, job_id, limit)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import func, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, defer
 
 from service import base_models, datasets, events
 from service.errors import JobStateConflictError, NotFoundError
@@ -82,8 +82,12 @@ def get(session: Session, job_id: str) -> Job:
 def page(
     session: Session, status: str | None = None, after: str | None = None, limit: int = 20
 ) -> tuple[list[Job], bool]:
-    """Up to `limit` jobs older than the job `after`, newest first, and whether there are more."""
-    query = select(Job)
+    """Up to `limit` jobs older than the job `after`, newest first, and whether there are more.
+
+    Without `train` and `model_config`.
+    """
+    # What only the trainer reads is most of a row, and a page has up to a hundred.
+    query = select(Job).options(defer(Job.train, raiseload=True), defer(Job.model_config, raiseload=True))
     if status is not None:
         query = query.where(Job.status == status)
     return newest_first(session, query, Job.id, after, limit)

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from api import workload
 from api.dependencies import ContextDep, Limit, RequestId, SessionDep
 from api.problems import documented
-from api.responses import EventResponse, JobResponse, MetricResponse, Page
+from api.responses import EventResponse, JobResponse, JobSummary, MetricResponse, Page
 from api.schemas import INT64_END, JOB_EXAMPLES, IdempotencyKey, JobRequest, ResumeRequest
 from service import events, idempotency, jobs, metrics, queue
 from service import models as rows
@@ -92,10 +92,10 @@ def list_page(
         str | None, Query(pattern="^job_[0-9a-f]{32}$", description="The last id of the page before.")
     ] = None,
     limit: Limit = 20,
-) -> Page[JobResponse]:
-    """Newest first."""
+) -> Page[JobSummary]:
+    """Newest first. A plan's `frontier` is left out: it is most of a job's bytes, and `GET /jobs/{id}` has it."""
     rows, has_more = jobs.page(session, status, after, limit)
-    return Page[JobResponse](data=[JobResponse.of_row(row) for row in rows], has_more=has_more)
+    return Page[JobSummary](data=[JobSummary.of_row(row) for row in rows], has_more=has_more)
 
 
 @router.get("/{job_id}", summary="Get a job", responses=documented(404))
@@ -163,7 +163,6 @@ def list_metrics(
     limit: Annotated[int, Query(ge=1, le=10_000, description="The most rows to answer.")] = 1_000,
 ) -> Any:
     """One row per optimiser step, by step; as CSV if `Accept` says `text/csv`."""
-    jobs.get(session, job_id)
     rows, has_more = metrics.page(session, job_id, after_step, limit)
     if "text/csv" not in request.headers.get("accept", ""):
         return {"data": rows, "has_more": has_more}
@@ -184,6 +183,5 @@ def list_events(
     limit: Annotated[int, Query(ge=1, le=1_000, description="The most events to answer.")] = 100,
 ) -> dict[str, Any]:
     """What happened to the job, oldest first."""
-    jobs.get(session, job_id)
     rows, has_more = events.page(session, job_id, after, limit)
     return {"data": rows, "has_more": has_more}
