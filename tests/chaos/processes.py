@@ -219,12 +219,14 @@ def _stale_effects(stage: Stage, job_id: str) -> Iterator[str]:
 
 
 def _end(stage: Stage, ids: list[str]) -> None:
-    """Give the slots back."""
-    with database.transaction(stage.bind) as session:
-        for job_id in ids:
-            job = stage.job(job_id)
-            if job.status == "running":
+    """Give the slots back, and leave no job that the next supervisor would take."""
+    for job_id in ids:
+        job = stage.job(job_id)
+        if job.status == "running":
+            with database.transaction(stage.bind) as session:
                 runs.finish(session, job_id, job.attempt, "cancelled")
+        else:
+            stage.request(job_id, "cancel")
 
 
 def sweepers_at_once(arena: Arena, cycles: int) -> Iterator[str]:
