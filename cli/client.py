@@ -15,7 +15,11 @@ import httpx2
 PAGE = 1_000
 CHUNK_BYTES = 1 << 20
 REPEAT_PAUSES_SECONDS = (0.1, 0.5, 1.0)
-"""Before each further try to create a job."""
+"""Before each further try to create a job where there was no answer."""
+IN_FLIGHT_SECONDS = 60.0
+"""How long to ask for what became of an earlier try that is still being worked on; a statement may take 30."""
+LOST = frozenset({0, 502, 503, 504})
+"""No answer of the service's: none at all, or that of a proxy in front of it or a database behind it."""
 
 
 class FrontierPoint(TypedDict):
@@ -183,24 +187,27 @@ class Client:
         plan: Plan = self._request("POST", "/plans", json=job)
         return plan
 
-    def create_job(self, job: dict[str, Any]) -> Job:
+    def create_job(self, job: dict[str, Any], idempotency_key: str | None = None) -> Job:
         """One job, even if answers are lost: the request is repeated a few times, with one Idempotency-Key.
 
-        Where no try is answered (ServiceError, status 0 or 503), it is not known whether there is a job.
+        Where no try was answered (ServiceError with a status in LOST, or code idempotency_key_in_flight), it is not
+        known whether there is a job; call again with a key of your own, the same each time, to find out.
         """
-        key = {"Idempotency-Key": uuid4().hex}
-        for pause in REPEAT_PAUSES_SECONDS:
+        headers = {"Idempotency-Key": idempotency_key or uuid4().hex}
+        pauses = iter(REPEAT_PAUSES_SECONDS)
+        deadline = time.monotonic() + IN_FLIGHT_SECONDS
+        while True:
             try:
-                return self._create_job(job, key)
+                created: Job = self._request("POST", "/jobs", json=job, headers=headers)
             except ServiceError as error:
-                if error.status not in (0, 503) and error.code != "idempotency_key_in_flight":
+                pause = next(pauses, None) if error.status in LOST else None
+                if error.code == "idempotency_key_in_flight" and time.monotonic() < deadline:
+                    pause = REPEAT_PAUSES_SECONDS[-1]
+                if pause is None:
                     raise
-            time.sleep(pause)
-        return self._create_job(job, key)
-
-    def _create_job(self, job: dict[str, Any], headers: dict[str, str]) -> Job:
-        created: Job = self._request("POST", "/jobs", json=job, headers=headers)
-        return created
+                time.sleep(pause)
+            else:
+                return created
 
     def job(self, job_id: str) -> Job:
         job: Job = self._request("GET", f"/jobs/{job_id}")

@@ -12,8 +12,7 @@ HINTS: dict[str, str] = {
     "dataset_invalid": "mend the dataset, upload it again and create the job anew",
     "document_too_large": "split the longest document of the dataset, or raise memory_cap",
     "model_invalid": "start from another model",
-    "disk_full": "free space in the data directory, and resume the job if it is paused: it goes on from its last "
-    "checkpoint",
+    "disk_full": "free space in the data directory and resume the job: it goes on from its last checkpoint",
     "trainer_error": _SEE_EVENT,
     "trainer_crashed": _SEE_EVENT,
     "protocol_error": f"{_SEE_EVENT} for what writes into its reports",

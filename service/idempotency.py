@@ -44,7 +44,7 @@ def once(
 ) -> Created:
     """What `create` returns, or what it returned when this key came first. Without a key: `create` each time.
 
-    A key is its tenant's, and is forgotten after `LIFETIME`. `request` is JSON, validated, with its defaults.
+    A key is its tenant's, and is forgotten after `LIFETIME`. `request` is JSON, validated, without defaults.
     Raises IdempotencyKeyInFlightError while another transaction works under the key, IdempotencyKeyReusedError if the
     key came with another request, and what `create` raises.
     """

@@ -119,8 +119,10 @@ def request(session: Session, job_id: str, action: Action, new_cap: Callable[[Jo
     values: dict[str, Any] = {"status": status.value, "desired": desired.value, "blocked_since": None}
     if status in TERMINAL:
         values["finished_at"] = func.clock_timestamp()
-    if (before[0], status) == (JobStatus.PAUSED, JobStatus.QUEUED):
-        values |= {"failures": 0, "error": None}  # the user asks for a fresh try
+    if before[0] is JobStatus.PAUSED:
+        values["error"] = None  # why it was paused, if not on request
+        if status is JobStatus.QUEUED:
+            values["failures"] = 0  # the user asks for a fresh try
     if new_cap is not None:
         values |= _under(job, new_cap(job))
     guard = (Job.id == job_id, Job.status == before[0].value)

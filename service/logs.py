@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,9 +21,12 @@ from typing import Any
 from service.jsonable import clean_json
 from service.settings import LogFormat
 
-_PASSWORD = re.compile(r"(://[^\s/:@]*:)[^\s/@]+@")
-"""In a URL. Nothing of ours logs one; exceptions of libraries may."""
-_CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")
+_PASSWORD = re.compile(r"(://[^\s/:@]*:)\S+@")
+"""In a URL, up to the last @, as libraries read it. Nothing of ours logs one; exceptions of libraries may."""
+_DETAIL = re.compile(r"\n(DETAIL|CONTEXT): .*")
+"""What PostgreSQL says of a statement that failed: values of rows."""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Ends a line, moves the cursor or turns the writing round."""
 
 _context: ContextVar[Mapping[str, Any]] = ContextVar("log_context")
 
@@ -62,7 +64,7 @@ class _Formatter(logging.Formatter):
     def trace(self, record: logging.LogRecord) -> str | None:
         """The exception's text, or the stack."""
         if record.exc_info and record.exc_info[0] is not None:
-            return _without_passwords(self.formatException(record.exc_info))
+            return self.formatException(record.exc_info)
         return record.stack_info
 
 
@@ -76,12 +78,13 @@ class JsonFormatter(_Formatter):
             "time": self.time(record),
             "level": record.levelname,
             "logger": record.name,
-            "message": _without_passwords(record.getMessage()),
+            "message": record.getMessage(),
             **_context.get({}),
             **getattr(record, "fields", {}),
         }
         if (trace := self.trace(record)) is not None:
             line["exception"] = trace
+        line = {name: _without_secrets(value) if isinstance(value, str) else value for name, value in line.items()}
         return json.dumps(clean_json(line), default=str)
 
 
@@ -90,13 +93,16 @@ class TextFormatter(_Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         about = " ".join(f"{name}={value}" for name, value in _context.get({}).items())
-        message = _without_passwords(record.getMessage())
-        line = f"{self.time(record)} {record.levelname} {record.name}: {message}{about and f' [{about}]'}"
+        about = f" [{about}]" if about else ""
+        line = f"{self.time(record)} {record.levelname} {record.name}: {record.getMessage()}{about}"
+        trace = _without_secrets(self.trace(record) or "").split("\n") if record.exc_info or record.stack_info else []
         # What somebody else wrote, a path or a file's name, must not look like a line of ours.
-        line = _CONTROL.sub(lambda found: ascii(found[0])[1:-1], line)
-        trace = self.trace(record)
-        return line if trace is None else f"{line}\n{textwrap.indent(trace, '  ')}"
+        return "\n".join([_escaped(_without_secrets(line)), *(f"  {_escaped(text)}" for text in trace)])
 
 
-def _without_passwords(text: str) -> str:
-    return _PASSWORD.sub(r"\1***@", text)
+def _without_secrets(text: str) -> str:
+    return _DETAIL.sub("", _PASSWORD.sub(r"\1***@", text))
+
+
+def _escaped(text: str) -> str:
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)

@@ -174,7 +174,7 @@ class IdempotencyKey(Base):
     tenant: Mapped[str] = mapped_column(Id, primary_key=True)
     key: Mapped[str] = mapped_column(Id, primary_key=True)
     request_sha256: Mapped[str]
-    """Of the validated request as JSON with sorted keys, in hex."""
+    """Of the validated request, less its defaults, as JSON with sorted keys; in hex."""
     job_id: Mapped[str] = mapped_column(Id)
     """No foreign key: a request that comes once more gets its answer, not another job, whatever became of the first."""
     answer: Mapped[str]

@@ -95,7 +95,8 @@ def wake(job_id: str, app: Celery | None = None) -> bool:
             _publishing.release()
 
     started = time.monotonic()
-    thread = threading.Thread(target=publish, name=f"wake-{job_id}", daemon=True)
+    publish_here = functools.partial(contextvars.copy_context().run, publish)  # the lines of libraries name the request
+    thread = threading.Thread(target=publish_here, name=f"wake-{job_id}", daemon=True)
     thread.start()
     thread.join(PUBLISH_SECONDS)
     if outcome and outcome[0] is None:

@@ -29,7 +29,7 @@ MAX_FAILURES = 3
 TYPICAL_STEPS = 20
 """The latest steps, whose median says how long the others will take."""
 DISK_FULL = "disk_full"
-"""The code of an error that ends no job: after as many attempts it is paused."""
+"""The code of an error that is no failure of the job's: it is paused."""
 MAX_LOST_LEASES = 10
 """The same where the worker vanished: seldom the job's fault, but a job that kills its worker must end too."""
 
@@ -239,9 +239,9 @@ def release(
     """Give the job back for another attempt. Raises FencedError.
 
     Without progress (a new checkpoint) this counts as a failure, and the `max_failures`-th in a row fails the job with
-    code attempts_exhausted and `error` as its cause; where that is a full disk, it pauses the job instead. With a new
-    `plan` it is a memory replan, counted in `memory_replans`. A cancel or pause that the user asked for takes effect
-    here.
+    code attempts_exhausted and `error` as its cause. With a new `plan` it is a memory replan, counted in
+    `memory_replans` instead. A full disk pauses the job and counts as nothing. A cancel or pause that the user asked
+    for takes effect here.
     """
     job = hold(session, job_id, attempt)
     if plan is not None:
@@ -251,7 +251,9 @@ def release(
         }
         events.record(session, job_id, attempt, "replanned", {"chunk_length": plan.get("chunk_length")})
         return _give_back(session, job, reason, failures=job.failures, max_failures=None, values=values, error=error)
-    failures = 0 if progressed else job.failures + 1
+    failures = 0 if progressed else job.failures
+    if not progressed and (error is None or error["code"] != DISK_FULL):
+        failures += 1
     return _give_back(session, job, reason, failures=failures, max_failures=max_failures, values={}, error=error)
 
 
@@ -360,12 +362,11 @@ def _give_back(
     data: dict[str, Any] = {"reason": reason, "failures": failures, "step": job.step}
     if error is not None:
         data["error"] = error
-    exhausted = status is JobStatus.QUEUED and max_failures is not None and failures >= max_failures
-    if exhausted and error is not None and error["code"] == DISK_FULL:
+    if error is not None and error["code"] == DISK_FULL and status is not JobStatus.CANCELLED:
         # Nothing is wrong with the job, and only a person can help: it keeps its checkpoints and waits.
         status = JobStatus.PAUSED
         values |= {"desired": Desired.PAUSE.value, "error": clean_json(error)}
-    elif exhausted:
+    elif status is JobStatus.QUEUED and max_failures is not None and failures >= max_failures:
         status = JobStatus.FAILED
         cause = f" The last one: {error['message']}" if error and error.get("message") else ""
         values["error"] = clean_json(

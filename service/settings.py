@@ -48,13 +48,13 @@ class Settings(DatabaseSettings):
     """What the caps of the jobs on a device may add up to; None: what the worker finds, less a part for the system."""
     device_kind: Literal["cpu", "cuda"] = "cpu"
     """What the trainers of this process compute on. The worker finds out and tells its pool processes."""
-    patience_seconds: float = Field(default=600, ge=0)
+    patience_seconds: float = Field(default=600, ge=0, allow_inf_nan=False)
     """How long others may pass a job that does not fit when it is its turn."""
-    lease_seconds: float = Field(default=90, gt=0)
+    lease_seconds: float = Field(default=90, gt=0, allow_inf_nan=False)
     """How long a run may stay silent before another worker may take the job."""
-    heartbeat_seconds: float = Field(default=5, gt=0)
-    sweep_seconds: float = Field(default=10, gt=0)
-    self_kill_seconds: float = Field(default=60, gt=0)
+    heartbeat_seconds: float = Field(default=5, gt=0, allow_inf_nan=False)
+    sweep_seconds: float = Field(default=10, gt=0, allow_inf_nan=False)
+    self_kill_seconds: float = Field(default=60, gt=0, allow_inf_nan=False)
     """How long a supervisor may fail to renew its lease before it kills its own trainer."""
 
     @model_validator(mode="after")

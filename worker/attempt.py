@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from service.runs import ClaimedJob
 from service.settings import Settings
 from service.status import Desired, JobStatus
 from service.storage import Storage, checkpoints_dir, stderr_path
+from slim_core.data.tokens import NO_SPACE_ERRORS
 from worker import outcome
 from worker.environment import trainer_environment
 from worker.lease import LeaseLostError, Watchdog
@@ -99,7 +99,7 @@ class Attempt:
         code = "supervisor_error"
         if isinstance(error, ProtocolError):
             code = "protocol_error"
-        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        elif isinstance(error, OSError) and error.errno in NO_SPACE_ERRORS:
             code = "disk_full"
         return self._ending(None, Failure(code, f"{type(error).__name__}: {error}"[:500], None, None))
 

@@ -62,6 +62,9 @@ def supervise(
                 _let_others_look(bind, settings)  # after that: the attempt counts its lease from the line above
                 attempt.run()
         _let_others_look(bind, settings)
+    except OSError as error:
+        # No slot can be taken, or what would run in it cannot be noted: the job waits for a later message or sweep.
+        logger.warning("nothing started, the locks in the data directory cannot be written: %s", error)
     finally:
         bind.dispose()
 
@@ -83,9 +86,6 @@ def _claim(bind: Engine, settings: Settings, device: str, slot: Slot) -> Claimed
         if not is_outage(error):
             raise
         logger.warning("nothing claimed, the database does not answer: %s", str(error).splitlines()[0])
-        return None
-    except OSError as error:  # what the slot holds must be written down first; a later message or sweep tries again
-        logger.warning("nothing claimed, the data directory cannot be written: %s", error)
         return None
     if job is None:
         logger.info("%s: nothing to start", device)

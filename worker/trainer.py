@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import signal
 import traceback
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from slim_core.calibrate import warm_up
 from slim_core.config import ModelConfig, TrainConfig
 from slim_core.data.dataset import Windows
-from slim_core.data.tokens import DatasetError, token_file
+from slim_core.data.tokens import NO_SPACE_ERRORS, DatasetError, token_file
 from slim_core.memory import MemoryMeter, is_out_of_memory, make_meter, pick_device
 from slim_core.model import LanguageModel
 from slim_core.planning import Plan
@@ -137,7 +136,7 @@ def _explain(error: Exception) -> dict[str, str]:
         code = "dataset_invalid"
     elif isinstance(error, CheckpointError):
         code = "model_invalid"
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    elif isinstance(error, OSError) and error.errno in NO_SPACE_ERRORS:
         code = "disk_full"
     else:
         code = "trainer_error"

@@ -73,7 +73,9 @@ def create(
         )
         return idempotency.Created(job.id, JobResponse.of_row(job).model_dump_json())
 
-    created = idempotency.once(session, idempotency_key, spec, new_job)
+    # Without defaults: a release that adds a field must not make another request of one that is sent again.
+    asked = request.model_dump(mode="json", exclude_defaults=True)
+    created = idempotency.once(session, idempotency_key, asked, new_job)
     # Background tasks run after the answer, so after the commit: no worker looks for a row that is not there yet.
     # For a job that waits no more the message is a look for work, as any other.
     background.add_task(queue.wake, created.job_id, context.producer)

@@ -27,6 +27,8 @@ NO_MEMORY = 3
 """... for a document that cannot be parsed in the memory that it was given."""
 NO_SPACE = 4
 """... and for a full disk."""
+NO_SPACE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""Of a disk, a quota and a limit on the size of files."""
 _BLOCK_BYTES = 1 << 20
 
 
@@ -85,7 +87,7 @@ def main() -> int:
     except MemoryError:
         return NO_MEMORY
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in NO_SPACE_ERRORS:
             raise
         return NO_SPACE
     return 0

@@ -120,6 +120,9 @@ def _worked(session: Session, verb: str, job_id: str, attempt: int, job: Job) ->
             runs.finish(*run, "cancelled" if job.desired == "cancel" else "paused")
         case "crash" | "crash after progress":
             runs.release(*run, "trainer_crashed", progressed=verb != "crash", error={"code": "c", "message": "m"})
+        case "full disk":
+            error = {"code": "disk_full", "message": "m"}
+            runs.release(*run, "disk_full", progressed=False, error=error)
         case "replan":
             runs.release(*run, "memory_cap_exceeded", progressed=True, plan=PLAN)
     return jobs.get(session, job_id).status

@@ -199,6 +199,7 @@ _ENDED: dict[str, Callable[[Job], Job]] = {
     "stop": lambda job: job.left(job.rest()),
     "crash": lambda job: job.given_back(job.failures + 1, CRASHES),
     "crash after progress": lambda job: job.given_back(0, CRASHES),
+    "full disk": lambda job: job.left("cancelled") if job.desired == "cancel" else job.left("paused", desired="pause"),
     "replan": lambda job: replace(job.then("replanned"), replans=job.replans + 1).given_back(job.failures, None),
 }
 """What a report of the run, or its end, makes of its job."""

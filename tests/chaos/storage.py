@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from service.models import Job
 from service.storage import Storage
@@ -177,9 +176,7 @@ def full_disk(arena: Arena, cycles: int) -> Iterator[str]:
 
     What it has is intact and nothing else lies about; with space again it goes on to the curve that it would have had.
     """
-    # One failure is enough: what the third of them does is the same, after as many starts of a trainer.
-    impatient = patch.dict("service.runs.release.__kwdefaults__", max_failures=1)
-    with arena.stage() as stage, _small_disk(stage.settings.data_dir) as disk, impatient:
+    with arena.stage() as stage, _small_disk(stage.settings.data_dir) as disk:
         alone = _run(arena, stage, real_job(stage, _dataset(stage), STEPS, EVERY))
         if alone.status != "succeeded":
             yield f"{alone.id}: {alone.status} though there is space: {alone.error}"
@@ -327,7 +324,7 @@ STORAGE = (
         "no space left at any write: disk_full, nothing half written, the job waits and goes on when there is space",
         "full disks",
         full=40,
-        short=2,
+        short=4,
         inflict=full_disk,
         guards=("clean-up",),
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import socket
 import sys
@@ -14,8 +15,11 @@ from typing import Any
 
 import httpx2
 import pytest
-from sqlalchemy import make_url
+from sqlalchemy import Engine, make_url, text
+from sqlalchemy.exc import IntegrityError
 
+from service import logs
+from service.database import transaction
 from tests.integration.stage import DatabaseProxy, Stage, open_stage, wait_for
 
 SECRET = "open-sesame"
@@ -134,3 +138,15 @@ def test_no_secret_is_in_any_line_whatever_goes_wrong(proxied: tuple[Stage, Data
 
 def messages(stage: Stage, name: str) -> str:
     return "\n".join(line["message"] for line in lines(stage, name))
+
+
+@pytest.mark.parametrize("formatter", [logs.JsonFormatter(), logs.TextFormatter()])
+def test_what_a_statement_was_about_is_not_shown(formatter: logging.Formatter, bind: Engine) -> None:
+    """Neither the parameters, nor the rows that PostgreSQL names."""
+    with pytest.raises(IntegrityError) as caught, transaction(bind) as session:
+        statement = text("INSERT INTO idempotency_keys VALUES ('default', :key, 'a', 'b', 'c')")
+        for _ in range(2):
+            session.execute(statement, {"key": SECRET})
+    shown = formatter.format(logging.makeLogRecord({"msg": "refused", "exc_info": caught._excinfo}))
+    assert "idempotency_keys_pkey" in shown
+    assert SECRET not in shown

@@ -16,7 +16,7 @@ from service.errors import FencedError
 from service.failures import job_error
 from service.models import Job
 from service.runs import ClaimedJob
-from service.status import Desired
+from service.status import Action, Desired
 from service.storage import Storage
 from tests.integration.seed import LEASE_SECONDS, PLAN, add_checkpoint, add_dataset, add_job, claim, metric
 
@@ -279,12 +279,13 @@ def test_three_crashes_in_a_row_without_progress_fail_the_job(bind: Engine, job:
 
 def test_a_full_disk_pauses_the_job_until_somebody_resumes_it(bind: Engine, job: Job) -> None:
     cause = job_error("disk_full", "no space left", 0)
-    for _ in range(3):
+    crash = job_error("trainer_crashed", "segmentation fault", 0)
+    for error in (crash, crash, cause):  # the last one is no failure of the job's, nor would more of them be
         claimed = claim(bind, job.id)
         with transaction(bind) as session:
-            runs.release(session, job.id, claimed.attempt, "disk_full", progressed=False, error=cause)
+            runs.release(session, job.id, claimed.attempt, error["code"], progressed=False, error=error)
     row = state(bind, job.id)
-    assert (row.status, row.desired, row.failures) == ("paused", "pause", 3)
+    assert (row.status, row.desired, row.failures) == ("paused", "pause", 2)
     assert row.error == cause
     assert "resume the job" in cause["hint"]
     with transaction(bind) as session:
@@ -293,13 +294,28 @@ def test_a_full_disk_pauses_the_job_until_somebody_resumes_it(bind: Engine, job:
     assert [kind for _, kind in log(bind, job.id)[-3:]] == ["started", "paused", "resumed"]
 
 
-def test_a_cancel_wins_over_a_full_disk(bind: Engine, job: Job) -> None:
+@pytest.mark.parametrize(
+    ("before", "after", "status", "code"),
+    [
+        ("cancel", None, "cancelled", None),
+        ("pause", None, "paused", "disk_full"),  # there is no checkpoint of this pause, and the user must hear of it
+        (None, "cancel", "cancelled", None),
+    ],
+)
+def test_a_full_disk_and_what_the_user_wants(
+    bind: Engine, job: Job, before: Action | None, after: Action | None, status: str, code: str | None
+) -> None:
     claimed = claim(bind, job.id)
     with transaction(bind) as session:
-        jobs.request(session, job.id, "cancel")
-        error = {"code": "disk_full", "message": "no space left"}
-        runs.release(session, job.id, claimed.attempt, "disk_full", progressed=False, max_failures=1, error=error)
-    assert state(bind, job.id).status == "cancelled"
+        if before is not None:
+            jobs.request(session, job.id, before)
+        error = job_error("disk_full", "no space left", 0)
+        runs.release(session, job.id, claimed.attempt, "disk_full", progressed=False, error=error)
+    with transaction(bind) as session:
+        if after is not None:
+            jobs.request(session, job.id, after)
+    row = state(bind, job.id)
+    assert (row.status, (row.error or {}).get("code")) == (status, code)
 
 
 def test_progress_starts_the_count_of_failures_again(bind: Engine, storage: Storage, job: Job) -> None:

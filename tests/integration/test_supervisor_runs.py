@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import text, update
@@ -67,6 +70,23 @@ def test_a_finished_job_teaches_the_planner(stage: Stage, monkeypatch: pytest.Mo
     assert stage.run(stage.create_job()).status == "succeeded"
 
 
+@pytest.mark.parametrize("call", ["open", "pwrite"])
+def test_without_room_for_a_lock_the_job_waits(stage: Stage, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    real = getattr(os, call)
+
+    def full(file: int | Path, *rest: Any) -> Any:
+        if isinstance(file, Path) and file.suffix != ".lock":
+            return real(file, *rest)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    job_id = stage.create_job(steps=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(f"worker.slot.os.{call}", full)
+        job = stage.run(job_id)
+    assert (job.status, job.attempt) == ("queued", 0)
+    assert stage.run(job_id).status == "succeeded"
+
+
 def test_the_trainer_gets_the_allocator_and_no_secrets(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("DATABASE_URL", "REDIS_URL", "SLIMTUNE_API_KEY", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "secret")
@@ -115,16 +135,13 @@ def test_a_job_that_always_crashes_fails_with_the_cause(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "status"), [("diverged", "failed"), ("model_invalid", "failed"), ("disk_full", "queued")]
+    ("code", "status"), [("diverged", "failed"), ("model_invalid", "failed"), ("disk_full", "paused")]
 )
-def test_some_errors_are_final(stage: Stage, code: str, status: str) -> None:
+def test_some_errors_end_a_run_at_once(stage: Stage, code: str, status: str) -> None:
     job_id = stage.create_job()
     job = stage.run(job_id, error_code=code)
-    assert job.status == status
-    if status == "failed":
-        assert job.error == {"code": code, "message": "as told", "step": 1, "hint": HINTS[code]}
-    else:
-        assert job.failures == 1
+    assert (job.status, job.failures) == (status, 0)
+    assert job.error == {"code": code, "message": "as told", "step": 1, "hint": HINTS[code]}
 
 
 def test_over_the_cap_means_smaller_chunks(stage: Stage) -> None:

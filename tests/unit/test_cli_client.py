@@ -138,6 +138,7 @@ UNAVAILABLE = problem(503, "database_unavailable")
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cli.client.REPEAT_PAUSES_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr("cli.client.IN_FLIGHT_SECONDS", 0.2)
 
 
 @pytest.mark.usefixtures("at_once")
@@ -161,7 +162,7 @@ def test_a_job_is_asked_for_again_with_the_same_key(
     [
         (None, 0, 4),
         (UNAVAILABLE, 503, 4),
-        (IN_FLIGHT, 409, 4),
+        (problem(502, "unknown"), 502, 4),
         (problem(409, "job_state_conflict"), 409, 1),
         (problem(422, "idempotency_key_reused"), 422, 1),
         (problem(500, "internal_error"), 500, 1),
@@ -175,6 +176,21 @@ def test_a_job_is_asked_for_a_few_times_and_only_where_that_can_help(
         client.create_job({})
     assert refusal.value.status == status
     assert len(script.requests) == tries
+
+
+def test_a_request_that_is_worked_on_is_waited_for(
+    client: Client, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cli.client.REPEAT_PAUSES_SECONDS", (0.0, 0.0, 0.01))
+    script.first = [None, *[IN_FLIGHT] * 20]
+    script.json("/jobs", {"id": "job_1"}, 202)
+    assert client.create_job({}, "a key")["id"] == "job_1"
+    assert script.keys == ["a key"] * 22
+    monkeypatch.setattr("cli.client.IN_FLIGHT_SECONDS", 0.1)
+    script.first = [IN_FLIGHT] * 1_000
+    with pytest.raises(ServiceError, match="in_flight"):
+        client.create_job({})
+    assert len(script.first) > 900
 
 
 def test_an_error_that_the_service_did_not_make(client: Client, script: Script) -> None:

@@ -75,12 +75,20 @@ def test_an_exception_is_a_field_and_in_text_indented() -> None:
     first, *rest = logs.TextFormatter().format(entry).split("\n")
     assert first.endswith("a.logger: it broke")
     assert rest[0] == "  Traceback (most recent call last):"
-    assert all(line.startswith("  ") for line in rest if line)
+    assert all(line.startswith("  ") for line in rest)
+    assert not {"\r", "\x1b", "\x85"} & set("".join(rest))
 
 
 @pytest.mark.parametrize("formatter", [logs.JsonFormatter(), logs.TextFormatter()])
 @pytest.mark.parametrize(
-    "url", ["postgresql+psycopg://slimtune:ses'ame@db:5432/slimtune", "redis://:ses'ame@redis/0", "x://:ses'ame@"]
+    "url",
+    [
+        "postgresql+psycopg://slimtune:ses'ame@db:5432/slimtune",
+        "redis://:ses'ame@redis/0",
+        "x://:ses'ame@",
+        "redis://:ses/'ame@redis/0",
+        "postgresql://slimtune:ses@'ame@db/slimtune",
+    ],
 )
 def test_the_password_of_a_url_is_not_shown(formatter: logging.Formatter, url: str) -> None:
     text = formatter.format(record("no answer from %s", url, exc_info=raised(OSError(f"cannot reach {url}"))))
