@@ -51,7 +51,7 @@ async def get_session(context: Annotated[Context, Depends(get_context)]) -> Asyn
     await to_thread.run_sync(transaction.__exit__, None, None, None, limiter=CapacityLimiter(1))
 
 
-def get_request_id(request: Request) -> str:
+async def get_request_id(request: Request) -> str:
     """The id that the answer's X-Request-ID has."""
     request_id: str = request.state.request_id
     return request_id
