@@ -165,6 +165,7 @@ def as_found(found: dict[str, Any], model: Job) -> Job:
         replans=row["memory_replans"],
         step=row["step"],
         blocked=row["blocked_since"] is not None,
+        full=row["status"] == "paused" and row["error"] is not None,
         checkpoints=tuple(Saved(*saved) for saved in found["checkpoints"]),
         events=tuple(kind for kind, _ in found["events"]),
         expired=model.expired,
@@ -179,10 +180,11 @@ def inconsistencies(found: dict[str, Any]) -> Iterator[str]:
         "worker": {"running"},
         "finished_at": FINAL,
         "output_model_id": {"succeeded"},
-        "error": {"failed"},
     }.items():
         if (row[column] is not None) != (status in states):
             yield f"{status}, with {column} {row[column]}"
+    if status != "paused" and (row["error"] is not None) != (status == "failed"):  # of a pause the model knows
+        yield f"{status}, with error {row['error']}"
     if len(found["models"]) != (status == "succeeded"):
         yield f"{status}, with the models {found['models']}"
     wanted = {"paused": "pause", "queued": "run"}.get(status, row["desired"])

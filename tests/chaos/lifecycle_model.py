@@ -37,6 +37,8 @@ class Job:
     step: int = 0
     blocked: bool = False
     """It was its turn, and it did not fit."""
+    full: bool = False
+    """It is paused because the disk is full, and says so."""
     checkpoints: tuple[Saved, ...] = ()
     events: tuple[str, ...] = ("queued", "planned")
     expired: bool = False
@@ -55,6 +57,14 @@ class Job:
         """Out of `running`."""
         event = "requeued" if status == "queued" else status
         return self.then(event, status=status, expired=False, trained=0, **changes)
+
+    def resumed(self) -> Job:
+        return self.then("resumed", status="queued", desired="run", failures=0, full=False)
+
+    def without_space(self) -> Job:
+        if self.desired == "cancel":
+            return self.left("cancelled")
+        return self.left("paused", desired="pause", full=True)
 
     def given_back(self, failures: int, allowed: int | None) -> Job:
         status = self.rest()
@@ -92,7 +102,7 @@ class World:
         job = self.jobs[job_id]
         if job.status != "paused":
             return self, 409
-        resumed = job.then("resumed", status="queued", desired="run", failures=0, replans=0, cap_bytes=cap_bytes)
+        resumed = replace(job, replans=0, cap_bytes=cap_bytes).resumed()
         return self.with_job(job_id, resumed.then("replanned")), 200
 
     # The device
@@ -156,7 +166,7 @@ def _saved(job: Job, loss: float | None) -> tuple[Saved, ...]:
 
 def _cancel(job: Job) -> Job | None:
     if job.status in {"queued", "paused"}:
-        return job.then("cancelled", status="cancelled", desired="cancel", blocked=False)
+        return job.then("cancelled", status="cancelled", desired="cancel", blocked=False, full=False)
     if job.status == "running":
         return job if job.desired == "cancel" else job.then("cancel_requested", desired="cancel")
     return job if job.status == "cancelled" else None
@@ -172,7 +182,7 @@ def _pause(job: Job) -> Job | None:
 
 def _resume(job: Job) -> Job | None:
     if job.status == "paused":
-        return job.then("resumed", status="queued", desired="run", failures=0)
+        return job.resumed()
     if job.status == "running" and job.desired == "pause":
         return job.then("resume_requested", desired="run")
     return job if job.status in {"queued", "running"} and job.desired == "run" else None
@@ -199,7 +209,7 @@ _ENDED: dict[str, Callable[[Job], Job]] = {
     "stop": lambda job: job.left(job.rest()),
     "crash": lambda job: job.given_back(job.failures + 1, CRASHES),
     "crash after progress": lambda job: job.given_back(0, CRASHES),
-    "full disk": lambda job: job.left("cancelled") if job.desired == "cancel" else job.left("paused", desired="pause"),
+    "full disk": lambda job: job.without_space(),
     "replan": lambda job: replace(job.then("replanned"), replans=job.replans + 1).given_back(job.failures, None),
 }
 """What a report of the run, or its end, makes of its job."""
