@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from service import events, storage, usage
 from service.errors import FencedError
-from service.failures import HINTS, job_error
+from service.failures import job_error
 from service.ids import new_id
 from service.jobs import planned_anew
 from service.jsonable import clean_json, finite
@@ -28,8 +28,6 @@ MAX_FAILURES = 3
 """Attempts in a row without a new checkpoint after which a crashing job is given up."""
 TYPICAL_STEPS = 20
 """The latest steps, whose median says how long the others will take."""
-DISK_FULL = "disk_full"
-"""The code of an error that is no failure of the job's: it is paused."""
 MAX_LOST_LEASES = 10
 """The same where the worker vanished: seldom the job's fault, but a job that kills its worker must end too."""
 
@@ -251,9 +249,7 @@ def release(
         }
         events.record(session, job_id, attempt, "replanned", {"chunk_length": plan.get("chunk_length")})
         return _give_back(session, job, reason, failures=job.failures, max_failures=None, values=values, error=error)
-    failures = 0 if progressed else job.failures
-    if not progressed and (error is None or error["code"] != DISK_FULL):
-        failures += 1
+    failures = 0 if progressed else job.failures + (0 if _is_full_disk(error) else 1)
     return _give_back(session, job, reason, failures=failures, max_failures=max_failures, values={}, error=error)
 
 
@@ -362,25 +358,23 @@ def _give_back(
     data: dict[str, Any] = {"reason": reason, "failures": failures, "step": job.step}
     if error is not None:
         data["error"] = error
-    if error is not None and error["code"] == DISK_FULL and status is not JobStatus.CANCELLED:
-        # Nothing is wrong with the job, and only a person can help: it keeps its checkpoints and waits.
+    if _is_full_disk(error) and status is not JobStatus.CANCELLED:
         status = JobStatus.PAUSED
         values |= {"desired": Desired.PAUSE.value, "error": clean_json(error)}
     elif status is JobStatus.QUEUED and max_failures is not None and failures >= max_failures:
         status = JobStatus.FAILED
         cause = f" The last one: {error['message']}" if error and error.get("message") else ""
-        values["error"] = clean_json(
-            {
-                "code": "attempts_exhausted",
-                "message": f"{failures} attempts in a row ended without a new checkpoint ({reason}).{cause}",
-                "step": job.step,
-                "hint": (error or {}).get("hint") or HINTS["attempts_exhausted"],
-                "cause": error,
-            }
-        )
+        message = f"{failures} attempts in a row ended without a new checkpoint ({reason}).{cause}"
+        hint = (error or {}).get("hint")
+        values["error"] = clean_json(job_error("attempts_exhausted", message, job.step, hint, cause=error))
     given_back = _leave_running(session, job, status, {**values, "failures": failures})
     events.record(session, job.id, job.attempt, "requeued" if status is JobStatus.QUEUED else status.value, data)
     return given_back
+
+
+def _is_full_disk(error: dict[str, Any] | None) -> bool:
+    """Nothing that the job did, and nothing that another attempt mends."""
+    return error is not None and error["code"] == "disk_full"
 
 
 def _create_output(session: Session, job: Job, output: OutputModel | None) -> str:

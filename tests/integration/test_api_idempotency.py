@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from datetime import timedelta
+from hashlib import sha256
 from typing import Any
 
 import httpx2
@@ -75,6 +77,14 @@ def test_the_same_request_in_other_words_is_the_same(post: Post, bind: Engine) -
     first = post(memory_cap="4GiB")
     assert post(memory_cap=4 * 1024**3, seed=0).json() == first.json()
     assert count(bind, Job) == 1
+
+
+def test_what_is_as_by_default_is_no_part_of_a_request(post: Post, bind: Engine, body: dict[str, Any]) -> None:
+    """A release that adds a field must know a request again that came before it."""
+    post()
+    asked = json.dumps({**body, "memory_cap": 4 << 30}, sort_keys=True)
+    with transaction(bind) as session:
+        assert session.scalars(select(IdempotencyKey.request_sha256)).one() == sha256(asked.encode()).hexdigest()
 
 
 def test_without_a_key_or_with_another_one_it_is_another_job(

@@ -364,6 +364,9 @@ def test_pages_filters_and_requests(client: TestClient, body: dict[str, Any], bi
     second = client.get("/jobs", params={"limit": 100, "after": first["data"][-1]["id"]}).json()
     assert [job["id"] for job in first["data"] + second["data"]] == ids[::-1]
     assert (first["has_more"], second["has_more"]) == (True, False)
+    alone = client.get(f"/jobs/{ids[-1]}").json()
+    assert alone["plan"].pop("frontier") != []
+    assert first["data"][0] == alone
 
     assert client.post(f"/jobs/{ids[0]}/pause").json()["status"] == "paused"
     assert client.post(f"/jobs/{ids[0]}/pause").json()["status"] == "paused"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
@@ -34,6 +35,7 @@ from worker.messages import (
     parse,
 )
 from worker.process import TrainerProcess, tail
+from worker.start import NICENESS
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,6 +182,8 @@ def test_a_check_that_fails_fails_no_job(start: Start) -> None:
 def test_sigterm_ends_it_with_a_checkpoint(start: Start, tmp_path: Path) -> None:
     trainer = start(ENDLESS)
     trainer.until_step(2)
+    here = os.getpriority(os.PRIO_PROCESS, 0)
+    assert os.getpriority(os.PRIO_PROCESS, trainer.process.pid) == min(here + NICENESS, 19)
     trainer.process.terminate()
     asked = time.monotonic()
     assert trainer.finish() == 3

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,11 @@ from pydantic import ValidationError
 from service.settings import Settings
 
 
-@pytest.mark.parametrize(("heartbeat", "self_kill", "lease"), [(60, 60, 90), (5, 90, 90), (5, 100, 90)])
+@pytest.mark.parametrize(("heartbeat", "self_kill", "lease"), [(60, 60, 90), (5, 90, 90), (5, 100, 90), (5, 60, inf)])
 def test_a_lease_that_may_pass_to_another_while_the_run_goes_on_is_refused(
     heartbeat: float, self_kill: float, lease: float
 ) -> None:
-    with pytest.raises(ValidationError, match="SLIMTUNE_SELF_KILL_SECONDS"):
+    with pytest.raises(ValidationError, match=r"SLIMTUNE_SELF_KILL_SECONDS|finite"):
         Settings(
             database_url="postgresql://",
             redis_url="redis://",
