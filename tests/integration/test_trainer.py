@@ -210,13 +210,15 @@ def test_the_end_of_stdin_kills_it(start: Start) -> None:
 
 
 def test_a_cap_that_is_too_small_is_reported_as_such(start: Start, tmp_path: Path) -> None:
-    """For the step, though the weights fit; and for the interpreter itself."""
+    """For the step, though the weights fit; and for the interpreter itself, also where there is no room for its log."""
     model = replace(MODEL, model_width=256, mlp_width=1024)
     long = replace(ENDLESS, sequence_length=16_384)
     cap = 600 << 20
     too_long = start(long, a_plan(16_384), model, memory_cap_bytes=cap)
     hopeless = start(memory_cap_bytes=40 << 20)
-    for trainer in (too_long, hopeless):
+    (tmp_path / "2.log").symlink_to("/dev/full")
+    unheard = start(memory_cap_bytes=40 << 20)
+    for trainer in (too_long, hopeless, unheard):
         assert trainer.finish() == 4
         (failure,) = trainer.of(Failure)
         assert failure is trainer.messages[-1]
