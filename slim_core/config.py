@@ -76,6 +76,29 @@ def _require(condition: bool, field_name: str, rule: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class RotaryScalingConfig(_Json):
+    """How the angles of rotary positions are slowed down for texts longer than those of the first training."""
+
+    name: Literal["linear", "llama3"]
+    """All by `factor`; or, as in Llama 3.1, slow ones by it, fast ones not at all and those between by degrees."""
+    factor: float
+    low_frequency_factor: float = 1.0
+    """llama3 only, and so below: turns within `original_positions` up to which `factor` counts in full."""
+    high_frequency_factor: float = 4.0
+    """Turns from which on nothing changes."""
+    original_positions: int = 8_192
+
+    def __post_init__(self) -> None:
+        _require(self.factor >= 1, "factor", "must be at least 1")
+        _require(
+            0 < self.low_frequency_factor < self.high_frequency_factor,
+            "low_frequency_factor",
+            "must be above 0 and below high_frequency_factor",
+        )
+        _require(self.original_positions >= 1, "original_positions", "must be at least 1")
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig(_Json):
     """A causal language model of linear attention. The only description of a model anywhere in the project."""
 
@@ -90,8 +113,10 @@ class ModelConfig(_Json):
     vocab_size: int = BYTE_VOCABULARY
     """V."""
     attention: Literal["performer", "gated", "softmax"] = "performer"
-    """Linear attention of positive features; linear attention that decays by a learned gate; or, as a baseline that
-    needs the whole sequence in one chunk, softmax attention."""
+    """Linear attention of positive features; linear attention that decays by a learned gate; or softmax attention,
+    whose state is the keys and values so far."""
+    num_kv_heads: int | None = None
+    """G, heads of keys and values, each shared by H / G query heads (Ainslie et al., "GQA", 2023). None means H."""
     feature_map: str = "squared"
     """g(.) of the performer: x^2, relu(x), elu(x) + 1, FAVOR+ positive orthogonal random features (`favor`), or one
     that was registered."""
@@ -104,17 +129,29 @@ class ModelConfig(_Json):
     norm: Literal["pre", "post", "branch"] = "pre"
     """Layer normalisation before each sub-layer (and once before the head), after each residual sum, or of each
     sub-layer's output before it is added (the published SLiM code's language models)."""
-    activation: Literal["gelu", "swiglu"] = "gelu"
-    """Of the MLP; SwiGLU has a third matrix."""
+    norm_type: Literal["layer", "rms"] = "layer"
+    """Layer normalisation; or RMS normalisation, which subtracts no mean and has no bias (Zhang and Sennrich, 2019)."""
+    norm_epsilon: float = 1e-5
+    activation: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu"
+    """Of the MLP: GELU, its approximation by tanh, or SwiGLU, which has a third matrix."""
+    mlp_bias: bool = True
+    """Biases of the MLP."""
     positions: Literal["sinusoidal", "concatenated", "learned", "rotary", "none"] = "sinusoidal"
     """Sines and cosines added to the token embedding; concatenated with one of half the width (the published SLiM
     code); a learned vector added; queries and keys rotated before the feature map; or none."""
     max_positions: int | None = None
     """Longest document, for learned positions only."""
+    rotary_base: float = 10_000.0
+    """Of the angles of rotary positions: position / base^(2 i / K)."""
+    rotary_scaling: RotaryScalingConfig | None = None
     output_projection: bool = True
     """A D x D projection after attention. The paper's layer has none."""
+    output_bias: bool = False
+    """A bias of that projection."""
     attention_bias: bool = False
     """Biases of queries, keys and values."""
+    scaled_embeddings: bool = True
+    """Token embeddings are multiplied by sqrt(D), as large as sines and cosines (Vaswani et al., section 3.4)."""
     tied_embeddings: bool = False
     """The head reads the embedding's matrix."""
     attention_epsilon: float = 1e-6
@@ -126,8 +163,20 @@ class ModelConfig(_Json):
         _require(
             self.model_width % self.num_heads == 0, "model_width", f"must be a multiple of num_heads ({self.num_heads})"
         )
-        _require(self.vocab_size <= 65_535, "vocab_size", "must be at most 65535: token files hold 16-bit tokens")
+        _require(self.vocab_size < 2**31, "vocab_size", "must be below 2^31")
         _require(self.attention_epsilon > 0, "attention_epsilon", "must be positive")
+        _require(self.norm_epsilon > 0, "norm_epsilon", "must be positive")
+        _require(
+            self.num_kv_heads is None or (self.num_kv_heads >= 1 and self.num_heads % self.num_kv_heads == 0),
+            "num_kv_heads",
+            f"must divide num_heads ({self.num_heads})",
+        )
+        _require(
+            self.kv_heads == self.num_heads or self.attention != "gated",
+            "num_kv_heads",
+            "gated attention has as many as query heads",
+        )
+        _require(self.output_projection or not self.output_bias, "output_bias", "needs output_projection")
         self._check_features()
         self._check_positions()
 
@@ -160,6 +209,10 @@ class ModelConfig(_Json):
             "impossible with concatenated positions: the embedding has half the head's width",
         )
         _require(self.positions != "rotary" or self.head_width % 2 == 0, "num_heads", "rotary needs an even head width")
+        _require(self.rotary_base > 0, "rotary_base", "must be positive")
+        _require(
+            self.rotary_scaling is None or self.positions == "rotary", "rotary_scaling", "goes with rotary positions"
+        )
         _require(
             (self.max_positions is not None) == (self.positions == "learned"),
             "max_positions",
@@ -173,6 +226,16 @@ class ModelConfig(_Json):
         return self.model_width // self.num_heads
 
     @property
+    def kv_heads(self) -> int:
+        """G."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def kv_width(self) -> int:
+        """Width of all keys, and of all values, of one position: G * K."""
+        return self.kv_heads * self.head_width
+
+    @property
     def features_per_head(self) -> int:
         """M."""
         if self.attention == "gated":
@@ -181,7 +244,8 @@ class ModelConfig(_Json):
 
     @property
     def state_size(self) -> int:
-        """Numbers in the attention state of one sequence in one layer: H * M * (K + 1) of a performer."""
+        """Numbers in the attention state of one sequence in one layer: H * M * (K + 1) of a performer. That of softmax
+        attention grows with the sequence: 2 * G * K numbers a position, which this does not count."""
         match self.attention:
             case "performer":
                 return self.num_heads * self.features_per_head * (self.head_width + 1)
@@ -204,14 +268,16 @@ class ModelConfig(_Json):
     def num_parameters(self) -> int:
         """Trained numbers of the model itself, the FAVOR+ projection not among them."""
         d, f, v = self.model_width, self.mlp_width, self.vocab_size
-        attention = 3 * d * d + (d * d if self.output_projection else 0) + (3 * d if self.attention_bias else 0)
+        attention = d * d + 2 * d * self.kv_width + (d * d if self.output_projection else 0)
+        attention += (d + 2 * self.kv_width if self.attention_bias else 0) + (d if self.output_bias else 0)
         if self.attention == "gated":
             attention += d * self.num_heads + self.num_heads + d * d + self.head_width
-        mlp = d * self.mlp_in_width + self.mlp_in_width + f * d + d
-        final_norm = 2 * d if self.norm == "pre" else 0
+        mlp = d * self.mlp_in_width + f * d + (self.mlp_in_width + d if self.mlp_bias else 0)
+        norm = d if self.norm_type == "rms" else 2 * d
+        final_norm = norm if self.norm == "pre" else 0
         embedding = v * self.embedding_width + (self.max_positions or 0) * d
         head = 0 if self.tied_embeddings else v * d
-        return self.num_layers * (attention + mlp + 4 * d) + final_norm + embedding + head
+        return self.num_layers * (attention + mlp + 2 * norm) + final_norm + embedding + head
 
 
 BUILTIN_MODELS: dict[str, ModelConfig] = {
@@ -312,6 +378,10 @@ class TrainConfig(_Json):
     """Share of channels set to zero after the embedding, each attention and each MLP."""
     label_smoothing: float = 0.0
     """Share of the target's probability that is spread evenly over the vocabulary."""
+    packing: Literal["continuous", "packed", "single"] = "continuous"
+    """How documents become sequences of T tokens. Cut from all of them in a row, attention seeing the end of the one
+    before; the same, but attention and positions start afresh with each document; or one document a sequence, the rest
+    of which has no loss, and documents longer than T in several."""
     compile: bool = False
     """Let torch.compile generate code for what lies between matrix products; falls back with a warning."""
     gradient_clip: float | None = 1.0

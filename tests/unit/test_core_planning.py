@@ -476,7 +476,7 @@ TRAIN = {"sequence_length": 8, "batch_size": 1, "steps": 1}
         *((ModelConfig, MODEL | {name: 0}, name) for name in [*MODEL, "vocab_size"]),
         (ModelConfig, MODEL | {"model_width": 9}, "model_width"),
         (ModelConfig, MODEL | {"model_width": 9, "num_heads": 3}, "model_width"),
-        (ModelConfig, MODEL | {"vocab_size": 65_536}, "vocab_size"),
+        (ModelConfig, MODEL | {"vocab_size": 2**31}, "vocab_size"),
         (ModelConfig, MODEL | {"feature_map": "cubed"}, "feature_map"),
         (ModelConfig, MODEL | {"norm": "none"}, "norm"),
         (ModelConfig, MODEL | {"num_features": 8}, "num_features"),
