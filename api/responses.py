@@ -318,6 +318,19 @@ class CheckpointResponse(_Response):
         )
 
 
+class GenerateResponse(_Response):
+    text: str = Field(description="What follows the prompt, without a stop text.")
+    finish_reason: Literal["stop", "length", "time"] = Field(
+        description="The end of a document or a stop text; `max_tokens`, or the last of a model's learned positions; "
+        "the server's time limit."
+    )
+    tokens: int = Field(description="Tokens that were drawn, those of a stop text included.")
+    prompt_tokens: int
+    seconds: float = Field(description="From the start of the process, the loading of the model included.")
+    step: int = Field(description="The checkpoint.")
+    seed: int
+
+
 class DeviceResponse(_Response):
     id: str
     kind: Literal["cpu", "cuda"]

@@ -22,6 +22,8 @@ from pydantic import (
 from api.units import parse_bytes
 
 INT64_END = 2**63
+MAX_PROMPT_CHARACTERS = 200_000
+"""Of text; what a model reads of it is limited in tokens."""
 VISIBLE_ASCII = r"[!-~]{1,255}"
 
 
@@ -245,6 +247,42 @@ class ResumeRequest(_Request):
     memory_cap: MemoryCap | None = Field(None, description="Another cap: bytes, or a text such as `1.5GiB`.")
 
 
+class MessageFields(_Request):
+    role: Literal["system", "user", "assistant"]
+    content: Annotated[Text, Field(max_length=MAX_PROMPT_CHARACTERS)]
+
+
+StopText = Annotated[Text, Field(min_length=1, max_length=100)]
+
+
+class GenerateRequest(_Request):
+    """What to continue, from which checkpoint, and how."""
+
+    prompt: Annotated[Text, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)] | None = Field(
+        None, description="Text to continue. This or `messages`."
+    )
+    messages: Annotated[list[MessageFields], Field(min_length=1, max_length=1_000)] | None = Field(
+        None, description="A conversation to answer, written by the chat template of the model's tokenizer."
+    )
+    checkpoint: Literal["latest", "best", "final"] | Annotated[int, Field(ge=0, lt=INT64_END)] = Field(
+        "latest", description="Or a step."
+    )
+    max_tokens: int = Field(200, ge=1, le=4_096, description="Where the text ends at the latest.")
+    temperature: float = Field(0.8, ge=0, le=10, description="0 takes the most likely token every time.")
+    top_k: int | None = Field(None, ge=1, lt=2**31, description="Only the k most likely tokens.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Only the most likely tokens with this probability together.")
+    stop: StopText | Annotated[list[StopText], Field(max_length=8)] = Field(
+        [], description="The text ends before the first of these."
+    )
+    seed: int | None = Field(
+        None,
+        ge=0,
+        lt=INT64_END,
+        description="The same seed, checkpoint and request give the same text; null: any.",
+    )
+    stream: bool = Field(False, description="Answer `text/event-stream`: `token` events as they come, then `done`.")
+
+
 JOB_EXAMPLES: dict[str, Any] = {
     "small": {
         "summary": "Train a small model on 4,096-token sequences under 1 GiB",
@@ -295,5 +333,16 @@ PLAN_EXAMPLES: dict[str, Any] = {
             "steps": 100,
             "chunking": {"chunk_length": 512, "state_policy": "reverse"},
         },
+    },
+}
+
+GENERATE_EXAMPLES: dict[str, Any] = {
+    "prompt": {
+        "summary": "Continue a text",
+        "value": {"prompt": "The import statement", "checkpoint": "best", "max_tokens": 100},
+    },
+    "conversation": {
+        "summary": "Answer a question, as a stream",
+        "value": {"messages": [{"role": "user", "content": "What is a tuple?"}], "temperature": 0.5, "stream": True},
     },
 }

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from slim_core.data.tokenizer import load_tokenizer
 from slim_core.model import LanguageModel
+from slim_core.sampler_memory import PROMPT_CHUNK
 from slim_core.step import ChunkSpans
 from slim_core.text_stream import TextStream
 from slim_core.weights.checkpoint import load_model
-
-_PROMPT_CHUNK = 512
 
 FinishReason = Literal["stop", "length", "time"]
 """Why a text ends: the model ended its document or a stop string came; enough tokens; the time was over."""
@@ -56,6 +55,7 @@ def generate(
     *,
     max_tokens: int,
     end_of_document: int,
+    vocab_size: int,
     sampling: Sampling,
     deadline: float = math.inf,
 ) -> Generator[int, None, FinishReason]:
@@ -64,7 +64,8 @@ def generate(
     Args:
         prompt: tokens, at least one, at most as many as a model of learned positions has positions.
         max_tokens: at least 1; a model of learned positions may yield fewer.
-        deadline: of `time.monotonic()`; looked at before each token and each 512 tokens of the prompt.
+        vocab_size: of the tokenizer; a model may predict more, which mean nothing.
+        deadline: of `time.monotonic()`; looked at before each token and each PROMPT_CHUNK tokens of the prompt.
     """
     if not prompt:
         raise ValueError("prompt: must have at least one token")
@@ -75,20 +76,20 @@ def generate(
     device = next(model.parameters()).device
     states = model.initial_states(batch=1)
     tokens = torch.tensor([list(prompt)], device=device)
-    for span in ChunkSpans(len(prompt), _PROMPT_CHUNK):
+    for span in ChunkSpans(len(prompt), PROMPT_CHUNK):
         if time.monotonic() > deadline:
             return "time"
         hidden, _, states = model.forward_chunk(tokens[:, span], span.start, states)
     for position in range(len(prompt), len(prompt) + max_tokens):
         if time.monotonic() > deadline:
             return "time"
-        if position > len(prompt):
-            hidden, _, states = model.forward_chunk(torch.tensor([[token]], device=device), position - 1, states)
         # Drawn on the CPU: the same sample on every device.
-        token = draw(model.logits(hidden[0, -1]).cpu(), sampling, generator)
+        token = draw(model.logits(hidden[0, -1])[:vocab_size].cpu(), sampling, generator)
         if token == end_of_document:
             return "stop"
         yield token
+        if position + 1 < len(prompt) + max_tokens:
+            hidden, _, states = model.forward_chunk(torch.tensor([[token]], device=device), position, states)
     return "length"
 
 
@@ -120,12 +121,13 @@ def main() -> None:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    tokenizer = load_tokenizer(options.folder)
+    tokenizer = load_tokenizer(options.folder if (options.folder / "tokenizer.json").exists() else None)
     tokens = generate(
         load_model(options.folder),
         tokenizer.encode(options.prompt),
         max_tokens=options.tokens,
         end_of_document=tokenizer.end_of_document,
+        vocab_size=tokenizer.vocab_size,
         sampling=Sampling(options.temperature, options.top_k, options.top_p, options.seed),
     )
     stream = TextStream(tokenizer.decode)

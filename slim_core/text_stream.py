@@ -51,10 +51,8 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._before_stop(self._decode(self._tokens)[self._given :])
-        if self.stopped:
-            return text
-        held, self._held = self._held, ""
-        return text + held
+        rest, self._held = self._held, ""
+        return text + rest
 
     def _before_stop(self, piece: str) -> str:
         text = self._held + piece
