@@ -21,6 +21,8 @@ from slim_core.data.tokens import DatasetError, read_meta
 Int64s = npt.NDArray[np.int64]
 _BLOCK = 1 << 16
 """Documents that are looked at together."""
+_TOKEN_BLOCK = 1 << 20
+"""Tokens that are counted together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,32 +66,59 @@ class Stream:
 
     def __init__(self, arrays: TokenArrays, part: Part | None) -> None:
         self._arrays = arrays
-        self._runs: Int64s | None = None
-        """(2, runs): where runs of documents that lie together begin, in the stream and in the file."""
+        self._part = part
         self.documents = arrays.meta.documents
         self.length = arrays.meta.tokens
-        if part is not None:
-            self._runs = self._find_runs(part)
+        self.masked = arrays.mask is not None
+        self._runs = None if part is None else self._find_runs()
+        """(2, runs): where runs of documents that lie together begin, in the stream and in the file."""
 
-    def read(self, start: int, count: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
-        """`count` tokens from `start` on, and which of them have a loss as targets."""
-        parts = list(self._file_slices(start, count))
-        tokens = np.concatenate([self._arrays.tokens[part] for part in parts])
+    def tokens(self, start: int, count: int) -> npt.NDArray[Any]:
+        """(count) from `start` on."""
+        return np.concatenate([self._arrays.tokens[part] for part in self._file_slices(start, count)])
+
+    def loss(self, start: int, count: int) -> npt.NDArray[np.bool_] | None:
+        """(count): which of these tokens have a loss as targets; None for all."""
         mask = self._arrays.mask
         if mask is None:
-            return tokens, np.ones(count, np.bool_)
-        return tokens, np.concatenate([mask[part] for part in parts]).astype(np.bool_)
+            return None
+        return np.concatenate([mask[part] for part in self._file_slices(start, count)]).astype(np.bool_)
 
     def starts(self, start: int, count: int) -> npt.NDArray[np.bool_]:
-        """Which of `count` tokens from `start` on begin a document."""
-        begin = np.zeros(count, np.bool_)
+        """(count): which of these tokens begin a document."""
+        begins = np.zeros(count, np.bool_)
         offset = 0
-        borders = self._arrays.borders
+        borders = self._arrays.borders[:-1]
         for part in self._file_slices(start, count):
-            first, last = np.searchsorted(borders[:-1], (part.start, part.stop))
-            begin[borders[first:last] - part.start + offset] = True
+            first, last = np.searchsorted(borders, (part.start, part.stop))
+            begins[borders[first:last] - part.start + offset] = True
             offset += part.stop - part.start
-        return begin
+        return begins
+
+    def num_targets(self, start: int, count: int, *, by_document: bool) -> int:
+        """Of `count` positions from `start` on, those with a loss; with `by_document`, a document's first token is no
+        target."""
+        if not (self.masked or by_document):
+            return count
+        total = 0
+        for first in range(start + 1, start + 1 + count, _TOKEN_BLOCK):
+            size = min(_TOKEN_BLOCK, start + 1 + count - first)
+            loss = self.loss(first, size)
+            if by_document:
+                others = ~self.starts(first, size)
+                loss = others if loss is None else loss & others
+            total += int(np.count_nonzero(loss))
+        return total
+
+    def documents_in_blocks(self) -> Iterator[tuple[Int64s, Int64s]]:
+        """Where documents start and end in the stream, some at a time."""
+        end = 0
+        for borders, selected in self._arrays.blocks(self._part):
+            lengths = np.diff(borders)
+            ends = end + np.cumsum(lengths if selected is None else lengths[selected])
+            if len(ends):
+                yield np.concatenate([[end], ends[:-1]]), ends
+                end = int(ends[-1])
 
     def _file_slices(self, start: int, count: int) -> Iterator[slice]:
         """Where `count` tokens from `start` on lie in the file."""
@@ -105,26 +134,25 @@ class Stream:
             yield slice(place, place + taken)
             start, count, run = start + taken, count - taken, run + 1
 
-    def _find_runs(self, part: Part) -> Int64s:
-        """Sets `documents` and `length` on the way."""
+    def _find_runs(self) -> Int64s:
+        """In a nameless file. Sets `documents` and `length` on the way."""
         self.documents, self.length = 0, 0
-        count = 0
+        runs = 0
         file = tempfile.TemporaryFile(dir=self._arrays.folder)  # noqa: SIM115  # the map keeps it
         previous_end = -1
-        for borders, selected in self._arrays.blocks(part):
-            assert selected is not None
+        for borders, selected in self._arrays.blocks(self._part):
             starts, ends = borders[:-1][selected], borders[1:][selected]
             if not len(starts):
                 continue
-            stream_starts = self.length + np.concatenate([[0], np.cumsum(ends - starts)])
+            stream_ends = self.length + np.cumsum(ends - starts)
+            stream_starts = np.concatenate([[self.length], stream_ends[:-1]])
             begins = starts != np.concatenate([[previous_end], ends[:-1]])
-            file.write(np.stack([stream_starts[:-1][begins], starts[begins]], axis=1).astype(np.int64).tobytes())
+            file.write(np.stack([stream_starts[begins], starts[begins]], axis=1).astype(np.int64).tobytes())
+            runs += int(begins.sum())
             self.documents += len(starts)
-            self.length = int(stream_starts[-1])
-            count += int(begins.sum())
-            previous_end = int(ends[-1])
+            self.length, previous_end = int(stream_ends[-1]), int(ends[-1])
         file.flush()
-        return np.memmap(file, np.int64, mode="r", shape=(count, 2)).T  # type: ignore[no-any-return]
+        return np.memmap(file, np.int64, mode="r", shape=(runs, 2)).T
 
 
 class _Draw:
