@@ -83,7 +83,7 @@ class ChatTemplate:
         from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415
 
         class Generation(Extension):
-            """{% generation %} ... {% endgeneration %}, which some templates put around the assistant's part: its body."""
+            """{% generation %} ... {% endgeneration %}, which some templates put around the assistant's part."""
 
             tags = {"generation"}  # noqa: RUF012  # as Jinja wants it
 

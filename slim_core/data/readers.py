@@ -97,17 +97,17 @@ def _objects(source: Path, problems: Problems, limit_bytes: int | None) -> Itera
     for number, line in enumerate(sources.lines(source, limit_bytes), 1):
         if line is None:
             problems.add(number, f"is longer than {MAX_LINE_BYTES} bytes")
-        elif not line.isspace() and line:
+        elif line.strip():
             try:
                 value = json.loads(line.decode("utf-8"))
             except UnicodeDecodeError:
                 problems.add(number, "is not valid UTF-8")
             except RecursionError:
                 problems.add(number, "is nested too deeply")
-            except ValueError as error:
-                is_json = isinstance(error, json.JSONDecodeError)
-                reason = f"{error.msg} at column {error.colno}" if is_json else "bad number"
-                problems.add(number, f"is not valid JSON: {reason}")
+            except json.JSONDecodeError as error:
+                problems.add(number, f"is not valid JSON: {error.msg} at column {error.colno}")
+            except ValueError:
+                problems.add(number, "is not valid JSON: bad number")
             else:
                 del line
                 yield number, value

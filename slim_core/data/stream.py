@@ -104,10 +104,10 @@ class Stream:
         for first in range(start + 1, start + 1 + count, _TOKEN_BLOCK):
             size = min(_TOKEN_BLOCK, start + 1 + count - first)
             loss = self.loss(first, size)
+            counted = np.ones(size, np.bool_) if loss is None else loss
             if by_document:
-                others = ~self.starts(first, size)
-                loss = others if loss is None else loss & others
-            total += int(np.count_nonzero(loss))
+                counted &= ~self.starts(first, size)
+            total += int(np.count_nonzero(counted))
         return total
 
     def documents_in_blocks(self) -> Iterator[tuple[Int64s, Int64s]]:
@@ -168,7 +168,8 @@ class _Draw:
         self._limit = self._smallest(documents, min(max(1, round(part.fraction * documents)), documents - 1))
 
     def selected(self, first: int, last: int) -> npt.NDArray[np.bool_]:
-        return (self._lots(first, last) <= self._limit) == self._for_validation
+        drawn: npt.NDArray[np.bool_] = self._lots(first, last) <= self._limit
+        return drawn == self._for_validation
 
     def _lots(self, first: int, last: int) -> npt.NDArray[np.uint64]:
         """A number for each document, all different: a bijection (Steele et al., "Fast splittable pseudorandom number
