@@ -104,8 +104,10 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     if sampling.top_k is None and sampling.top_p == 1:
         return int(torch.multinomial(probabilities, 1, generator=generator))
     ordered, order = probabilities.sort(descending=True, stable=True)
-    ordered[sampling.top_k :] = 0
+    if sampling.top_k is not None:
+        ordered[sampling.top_k :] = 0
     before = ordered.cumsum(-1) - ordered
+    before[0] = 0  # up to rounding it is, and one token has to stay
     ordered[before >= sampling.top_p * ordered.sum()] = 0
     return int(order[torch.multinomial(ordered, 1, generator=generator)])
 

@@ -23,11 +23,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from slim_core.config import ModelConfig
 from slim_core.data.chat import ASSISTANT, ChatTemplate, ChatTemplateError
 from slim_core.data.tokenizer import Tokenizer, load_tokenizer
 from slim_core.sampler_memory import required_bytes
 from slim_core.text_stream import TextStream
+from slim_core.weights.folder import read_config
 
 MAX_PROMPT_TOKENS = 32_768
 NICENESS = 5
@@ -76,12 +76,16 @@ def answer(request: Message) -> Iterator[Message]:
         elif _is_out_of_memory(error):
             yield _no_memory(request["memory_bytes"], None).message
         else:
-            code = "damaged" if type(error).__name__ in ("CheckpointError", "TokenizerError") else "failed"
+            code = (
+                "damaged"
+                if type(error).__name__ in ("CheckpointError", "ModelFolderError", "TokenizerError")
+                else "failed"
+            )
             yield {"type": "error", "code": code, "message": f"{type(error).__name__}: {error}"[:500]}
 
 
 def _sample(folder: Path, request: Message, deadline: float) -> Iterator[Message]:
-    config = ModelConfig.from_json(json.loads((folder / "config.json").read_text()))
+    config = read_config(folder)
     tokenizer = load_tokenizer(folder if (folder / "tokenizer.json").exists() else None)
     prompt, stop = _prompt(tokenizer, request)
     longest = min(MAX_PROMPT_TOKENS, config.max_positions or MAX_PROMPT_TOKENS)
