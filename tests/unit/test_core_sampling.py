@@ -147,7 +147,7 @@ def test_the_memory_that_is_asked_for_is_enough(changes: dict[str, Any], tmp_pat
     model = LanguageModel(config).initialize(0)
     save_checkpoint(tmp_path, 0, model, make_optimizer(model, OptimizerConfig()), {})
     folder = tmp_path / checkpoint_name(0)
-    request = {
+    request: dict[str, Any] = {
         "folder": str(folder),
         "prompt": "x" * 3_000,
         "messages": None,
