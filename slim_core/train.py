@@ -47,7 +47,7 @@ class StepMetrics:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """A validation loss."""
+    """A validation loss: after step 0 that of the weights which training starts from."""
 
     step: int
     loss: float
@@ -191,6 +191,8 @@ class TrainingRun:
         """Train to the end and say what happens. Raises DivergedError, and what the allocator raises at the cap."""
         config = self._config
         reason = "completed"
+        if self._validation is not None and self._progress == _Progress():
+            yield self._evaluate(self._validation)[0]  # what the weights know before the first step
         while self._progress.step < config.steps and not self._patience_is_over():
             try:
                 yield self._train_step()

@@ -68,7 +68,7 @@ class Metric:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """A validation loss after `step`."""
+    """A validation loss after `step`, 0 for the weights that training starts from."""
 
     step: int
     loss: float
