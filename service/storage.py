@@ -1,6 +1,8 @@
 """Files below the data folder: uploads, checkpoints, and how both come and go without leaving halves behind.
 
-    datasets/<dataset_id>/data.<txt|jsonl>
+    datasets/<dataset_id>/data.<txt|jsonl|parquet>[.gz|.zst]
+    datasets/<dataset_id>/tokens-<tokenizer key>/...
+    tokenizers/<tokenizer_id>/tokenizer.json, tokenizer_config.json
     jobs/<job_id>/checkpoints/attempt-0002/step-00000040/...
     jobs/<job_id>/attempt-<n>.stderr
     tmp/                                        uploads on their way, folders being deleted
@@ -22,10 +24,22 @@ from typing import Self
 
 from service.errors import StorageFullError, UploadTooLargeError
 
+_COMPRESSION_SUFFIXES = {None: "", "gzip": ".gz", "zstd": ".zst"}
 
-def dataset_path(dataset_id: str, file_format: str) -> str:
+
+def dataset_path(dataset_id: str, file_format: str, compression: str | None = None) -> str:
     """Relative path of a dataset's file."""
-    return f"datasets/{dataset_id}/data.{file_format}"
+    return f"datasets/{dataset_id}/data.{file_format}{_COMPRESSION_SUFFIXES[compression]}"
+
+
+def tokens_dir(dataset_id: str, tokenizer_key: str) -> str:
+    """Relative path of the folder with a dataset's tokens under one tokenizer."""
+    return f"datasets/{dataset_id}/tokens-{tokenizer_key}"
+
+
+def tokenizer_dir(tokenizer_id: str) -> str:
+    """Relative path of an uploaded or trained tokenizer's folder."""
+    return f"tokenizers/{tokenizer_id}"
 
 
 def checkpoints_dir(job_id: str) -> str:
@@ -108,7 +122,8 @@ class Upload:
     """One file being written: temporary until `commit`, gone if the block ends without one."""
 
     def __init__(self, temporary: Path, limit_bytes: int) -> None:
-        self._temporary = temporary
+        self.temporary = temporary
+        """Where it lies until `commit`."""
         self._limit_bytes = limit_bytes
         self._file = temporary.open("xb")
         self._hash = hashlib.sha256()
@@ -130,13 +145,20 @@ class Upload:
         except OSError as error:
             raise _translated(error) from error
 
+    def flush(self) -> None:
+        """Let others see what was written. Raises StorageFullError."""
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise _translated(error) from error
+
     def commit(self, destination: Path) -> None:
         """Make the file durable at `destination`: synced, renamed, the folders synced. Raises StorageFullError."""
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
             destination.parent.mkdir(parents=True, exist_ok=True)
-            self._temporary.rename(destination)
+            self.temporary.rename(destination)
             for folder in (destination.parent, destination.parent.parent):
                 sync_folder(folder)
         except OSError as error:
@@ -148,7 +170,7 @@ class Upload:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._temporary.unlink(missing_ok=True)
+        self.temporary.unlink(missing_ok=True)
         try:
             self._file.close()
         except OSError:  # the buffer did not fit on a full disk; the file is unlinked already
