@@ -19,6 +19,10 @@ class ServiceError(Exception):
         self.fields = fields
 
 
+MAX_PROBLEMS = 20
+"""Of a file or model that an answer lists."""
+
+
 def _shown(text: str) -> str:
     """At most 80 characters of a client's text, safe to print and to encode."""
     return text[:80].encode("ascii", "backslashreplace").decode("ascii")
@@ -101,6 +105,42 @@ class DatasetFormatError(ServiceError):
             compressions=["gz", "zst"],
             hint="rename the file, or convert it",
         )
+
+
+class ModelInvalidError(ServiceError):
+    """The files are not a model that can be trained; `problems` are the first 20, by file or tensor."""
+
+    status = 422
+    code = "model_invalid"
+    param = "file"
+
+    def __init__(self, problems: list[dict[str, str]], **fields: Any) -> None:
+        first = problems[0]
+        where = " ".join(filter(None, (first.get("file"), first.get("tensor"))))
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        super().__init__(
+            f"{_shown(where)}: {first['reason']}{more}; nothing was stored." if where else f"{first['reason']}{more}",
+            problems=problems[:MAX_PROBLEMS],
+            total_problems=len(problems),
+            **fields,
+        )
+
+
+class ModelNotReadyError(ServiceError):
+    """The model is still converted, or its conversion has failed."""
+
+    status = 409
+    code = "model_not_ready"
+    param = "model"
+
+    def __init__(self, model_id: str, status: str, error: dict[str, Any] | None) -> None:
+        if status == "failed":
+            reason = (error or {}).get("message", "its conversion failed")
+            message, hint = f"The model cannot be used: {reason}", "upload it again, as safetensors if that fails too"
+        else:
+            message = "The model is being converted."
+            hint = "poll GET /models/{id} until status is ready, then send the request again"
+        super().__init__(message, model=model_id, model_status=status, hint=hint)
 
 
 class DatasetTooSmallError(ServiceError):

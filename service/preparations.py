@@ -132,7 +132,7 @@ def gone(session: Session, work: Preparation) -> bool:
     return session.scalar(select(table.id).where(table.id == work.id)) is None
 
 
-def _next(session: Session, table: type[Tokenizer] | type[Tokenization]) -> Tokenizer | Tokenization | None:
+def _next(session: Session, table: type[Tokenizer | Tokenization]) -> Tokenizer | Tokenization | None:
     now = func.clock_timestamp()
     due = or_(
         and_(table.status == PENDING, or_(table.retry_at.is_(None), table.retry_at <= now)),
@@ -140,14 +140,18 @@ def _next(session: Session, table: type[Tokenizer] | type[Tokenization]) -> Toke
     )
     query = select(table).where(table.status.in_(UNFINISHED), due).order_by(table.created_at).limit(1)
     query = query.with_for_update(skip_locked=True)
-    return session.scalars(query, execution_options={"populate_existing": True}).one_or_none()
+    row: Any = session.scalars(query, execution_options={"populate_existing": True}).one_or_none()
+    return row  # type: ignore[no-any-return]  # one of the two; mypy joins them to their base
 
 
 def _held(session: Session, work: Preparation) -> Tokenizer | Tokenization:
     """The fence: the row, locked until the transaction ends."""
-    key = (work.id, work.key) if work.kind == "tokenization" else work.id
-    table = Tokenization if work.kind == "tokenization" else Tokenizer
-    row: Tokenizer | Tokenization | None = session.get(table, key, populate_existing=True, with_for_update=True)
+    locked = {"populate_existing": True, "with_for_update": True}
+    row: Tokenizer | Tokenization | None
+    if work.kind == "tokenization":
+        row = session.get(Tokenization, (work.id, work.key), **locked)
+    else:
+        row = session.get(Tokenizer, work.id, **locked)
     if row is None or row.attempt != work.attempt or row.status != RUNNING:
         raise PreparationFencedError(work.name, work.attempt)
     return row

@@ -35,10 +35,10 @@ def problem_of(path: Path) -> str | None:
     return reason
 
 
-def problem_of_config(text: str) -> str | None:
-    """The same of a tokenizer_config.json: only its chat template and names of special tokens are read."""
+def problem_of_config(path: Path) -> str | None:
+    """The same of a tokenizer_config.json, which is small: its chat template and names of special tokens are read."""
     try:
-        value = json.loads(text)
+        value = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
         return "has a config that is not valid JSON"
     if not isinstance(value, dict):

@@ -29,6 +29,8 @@ from service.tokenizer_files import MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES, probl
 
 FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+FILES = {FILE: MAX_TOKENIZER_BYTES, CONFIG_FILE: MAX_CONFIG_BYTES}
+"""What an upload may have, with the most bytes of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,33 +75,40 @@ def of_model(session: Session, model: Model) -> TokenizerRef:
 
 
 class TokenizerUpload:
-    """An uploaded tokenizer.json from its first byte to its row. A block without `store` leaves nothing behind."""
+    """An uploaded tokenizer.json, and perhaps tokenizer_config.json, from the first byte to the row. A block without
+    `store` leaves nothing behind."""
 
-    def __init__(self, files: Storage, filename: str) -> None:
-        self.filename = clean_filename(filename)
+    def __init__(self, files: Storage) -> None:
         self._files = files
-        self._upload = files.upload(MAX_TOKENIZER_BYTES)
+        self._upload = files.folder_upload(sum(FILES.values()))
+
+    def begin(self, filename: str) -> None:
+        """What is written from now on belongs to this file. Raises TokenizerInvalidError for another than those two,
+        StorageFullError."""
+        name = clean_filename(filename)
+        if name not in FILES or any(file["name"] == name for file in self._upload.files):
+            raise TokenizerInvalidError(f"must be one {FILE}, beside which one {CONFIG_FILE} may come")
+        self._upload.begin(name, FILES[name])
 
     def write(self, data: bytes) -> None:
         """Take the next bytes. Raises UploadTooLargeError, StorageFullError."""
         self._upload.write(data)
 
-    def store(self, bind: Engine, name: str | None = None, config: str | None = None) -> Tokenizer:
-        """Make files and row durable, to be checked by the preparer; `config` is the text of a tokenizer_config.json.
+    def store(self, bind: Engine, name: str | None = None) -> Tokenizer:
+        """Make files and row durable, to be checked by the preparer.
 
         Raises TokenizerInvalidError, StorageFullError; nothing is stored then.
         """
-        self._upload.flush()
-        reason = problem_of(self._upload.temporary) or (problem_of_config(config) if config is not None else None)
+        self._upload.seal()
+        names = {file["name"] for file in self._upload.files}
+        reason = problem_of(self._upload.folder / FILE) if FILE in names else f"is missing: send {FILE}"
+        if reason is None and CONFIG_FILE in names:
+            reason = problem_of_config(self._upload.folder / CONFIG_FILE)
         if reason is not None:
             raise TokenizerInvalidError(reason)
-        row = _new(name or self.filename, "upload")
+        row = _new(name or FILE, "upload")
+        self._upload.commit(self._files.path(row.path))
         try:
-            self._upload.commit(self._files.path(f"{row.path}/{FILE}"))
-            if config is not None:
-                with self._files.upload(MAX_CONFIG_BYTES) as file:
-                    file.write(config.encode())
-                    file.commit(self._files.path(f"{row.path}/{CONFIG_FILE}"))
             with database.transaction(bind) as session:
                 session.add(row)
                 session.flush()
@@ -110,6 +119,7 @@ class TokenizerUpload:
         return row
 
     def __enter__(self) -> Self:
+        self._upload.__enter__()
         return self
 
     def __exit__(
