@@ -18,6 +18,7 @@ from service.compression import Compression, decoder
 from service.errors import DatasetFormatError, DatasetInvalidError
 
 DatasetFormat = Literal["txt", "jsonl", "parquet"]
+DATASET_FORMATS: tuple[DatasetFormat, ...] = ("txt", "jsonl", "parquet")
 DatasetKind = Literal["text", "prompt_completion", "messages"]
 
 MAX_LINE_BYTES = 64 * 1024**2
@@ -54,8 +55,7 @@ def format_of(filename: str) -> tuple[DatasetFormat, Compression | None]:
     lowered = filename.lower()
     compression = next((value for ending, value in _COMPRESSIONS.items() if lowered.endswith(ending)), None)
     stem = lowered if compression is None else lowered.removesuffix(SUFFIXES[compression])
-    formats: tuple[DatasetFormat, ...] = ("txt", "jsonl") if compression else ("txt", "jsonl", "parquet")
-    for file_format in formats:
+    for file_format in DATASET_FORMATS:
         if stem.endswith(f".{file_format}"):
             return file_format, compression
     raise DatasetFormatError
@@ -69,7 +69,7 @@ def reader(file_format: DatasetFormat, compression: Compression | None, limit_by
         case "jsonl":
             plain = JsonLinesReader()
         case "parquet":
-            return ParquetReader()
+            plain = ParquetReader()
     return plain if compression is None else ExpandingReader(compression, limit_bytes, plain)
 
 
@@ -203,8 +203,8 @@ class JsonLinesReader:
             value = json.loads(line.decode("utf-8"))
             if not isinstance(value, dict):
                 return self._problems.add(self._line, "is not a JSON object")
-            kind = self._kind or _kind_of(value)
-            texts = _TEXTS[kind](value)
+            kind = _kind_of(value)
+            texts = _TEXTS[kind](value) if self._kind in (None, kind) else f"is no {self._kind}, as the lines before it"
             if isinstance(texts, str):
                 return self._problems.add(self._line, texts)
             size = sum(len(text.encode("utf-8")) for text in texts)
@@ -219,22 +219,22 @@ class JsonLinesReader:
             self._problems.add(self._line, f"is not valid JSON: {reason}")
         else:
             self._kind = kind
-            self._documents += 1
+            self._documents += size > 0  # one without text is left out of the tokens as well
             self._text_bytes += size
             self._longest_bytes = max(self._longest_bytes, size)
 
 
 def _kind_of(value: dict[str, Any]) -> DatasetKind:
     """What a line is meant to be: an object that is nothing is held to be a text."""
-    if "text" in value:
-        return "text"
     if "messages" in value:
         return "messages"
-    return "prompt_completion" if "prompt" in value or "completion" in value else "text"
+    return "prompt_completion" if {"prompt", "completion"} & value.keys() and "text" not in value else "text"
 
 
 def _text(value: dict[str, Any]) -> list[str] | str:
     """The texts of a line, or what is wrong with it."""
+    if {"prompt", "completion"} <= value.keys():
+        return 'has both "text" and "prompt" with "completion"'
     text = value.get("text")
     return [text] if isinstance(text, str) else 'has no "text", or one that is not a string'
 
@@ -249,6 +249,8 @@ def _prompt_completion(value: dict[str, Any]) -> list[str] | str:
 
 
 def _messages(value: dict[str, Any]) -> list[str] | str:
+    if "text" in value or {"prompt", "completion"} <= value.keys():
+        return 'has "messages" and another kind of document'
     messages = value.get("messages")
     if not isinstance(messages, list) or not messages:
         return 'has no "messages", or not a list with at least one'

@@ -100,7 +100,7 @@ class DatasetFormatError(ServiceError):
 
     def __init__(self) -> None:
         super().__init__(
-            "The file's name must end in .txt or .jsonl, after which .gz or .zst may follow, or in .parquet.",
+            "The file's name must end in .txt, .jsonl or .parquet, after which .gz or .zst may follow.",
             formats=["txt", "jsonl", "parquet"],
             compressions=["gz", "zst"],
             hint="rename the file, or convert it",

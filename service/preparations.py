@@ -146,12 +146,11 @@ def _next(session: Session, table: type[Tokenizer | Tokenization]) -> Tokenizer 
 
 def _held(session: Session, work: Preparation) -> Tokenizer | Tokenization:
     """The fence: the row, locked until the transaction ends."""
-    locked = {"populate_existing": True, "with_for_update": True}
     row: Tokenizer | Tokenization | None
     if work.kind == "tokenization":
-        row = session.get(Tokenization, (work.id, work.key), **locked)
+        row = session.get(Tokenization, (work.id, work.key), populate_existing=True, with_for_update=True)
     else:
-        row = session.get(Tokenizer, work.id, **locked)
+        row = session.get(Tokenizer, work.id, populate_existing=True, with_for_update=True)
     if row is None or row.attempt != work.attempt or row.status != RUNNING:
         raise PreparationFencedError(work.name, work.attempt)
     return row
@@ -204,9 +203,7 @@ def source_path(session: Session, dataset_id: str) -> str:
 
 
 def _complete_dataset(session: Session, dataset_id: str, counts: dict[str, Any]) -> None:
-    """What only the preparer could see of the file itself."""
-    for column in (Dataset.kind, Dataset.documents):
-        if (value := counts.get(column.key)) is not None:
-            session.execute(
-                update(Dataset).where(Dataset.id == dataset_id, column.is_(None)).values({column.key: value})
-            )
+    """What only the preparer could see of a .parquet."""
+    kind = "prompt_completion" if counts["kind"] == "completion" else counts["kind"]
+    unknown = update(Dataset).where(Dataset.id == dataset_id, Dataset.documents.is_(None))
+    session.execute(unknown.values(kind=kind, documents=counts["documents"]))
