@@ -28,6 +28,7 @@ HINTS: dict[str, str] = {
 PREPARATION_HINTS: dict[str, str] = {
     "dataset_invalid": "mend the dataset and upload it again",
     "tokenizer_invalid": "send the tokenizer.json that the tokenizers library writes (Tokenizer.save)",
+    "tokenizer_too_large": "use a smaller one, or have SLIMTUNE_PREPARER_MEMORY_BYTES raised",
     "tokenizer_missing": "the tokenizer or model was deleted meanwhile: name another one",
     "document_too_large": "split the longest document, or have SLIMTUNE_PREPARER_MEMORY_BYTES raised",
     "disk_full": "free space in the data directory: it is tried again by itself",

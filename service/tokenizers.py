@@ -29,7 +29,8 @@ from service.tokenizer_files import MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES, probl
 
 FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
-FILES = {FILE: MAX_TOKENIZER_BYTES, CONFIG_FILE: MAX_CONFIG_BYTES}
+TEMPLATE_FILE = "chat_template.jinja"
+FILES = {FILE: MAX_TOKENIZER_BYTES, CONFIG_FILE: MAX_CONFIG_BYTES, TEMPLATE_FILE: MAX_CONFIG_BYTES}
 """What an upload may have, with the most bytes of each."""
 
 
@@ -75,19 +76,21 @@ def of_model(session: Session, model: Model) -> TokenizerRef:
 
 
 class TokenizerUpload:
-    """An uploaded tokenizer.json, and perhaps tokenizer_config.json, from the first byte to the row. A block without
-    `store` leaves nothing behind."""
+    """An uploaded tokenizer.json, and what may lie beside it, from the first byte to the row. A block without `store`
+    leaves nothing behind."""
 
     def __init__(self, files: Storage) -> None:
         self._files = files
         self._upload = files.folder_upload(sum(FILES.values()))
 
     def begin(self, filename: str) -> None:
-        """What is written from now on belongs to this file. Raises TokenizerInvalidError for another than those two,
+        """What is written from now on belongs to this file. Raises TokenizerInvalidError for a file of another name,
         StorageFullError."""
         name = clean_filename(filename)
         if name not in FILES or any(file["name"] == name for file in self._upload.files):
-            raise TokenizerInvalidError(f"must be one {FILE}, beside which one {CONFIG_FILE} may come")
+            raise TokenizerInvalidError(
+                f"must be one {FILE}, beside which one {CONFIG_FILE} and one {TEMPLATE_FILE} may come"
+            )
         self._upload.begin(name, FILES[name])
 
     def write(self, data: bytes) -> None:

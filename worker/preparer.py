@@ -133,12 +133,15 @@ class Preparer:
         except StoppedError:
             return lambda session: preparations.give_back(session, work)
         except FailedError as error:
-            logger.warning("%s is not prepared: %s", work.name, error)
-            record = {"disk_full": preparations.put_off, "preparation_crashed": preparations.crashed}.get(
-                error.code, preparations.fail
-            )
-            problem = error.error
-            return lambda session: record(session, work, problem)
+            return _record_of(work, error)
+        except (PreparationFencedError, SQLAlchemyError):
+            raise
+        except OSError as error:
+            code = "disk_full" if error.errno in NO_SPACE_ERRORS else "preparation_crashed"
+            return _record_of(work, FailedError(code, str(error)))
+        except Exception as error:
+            logger.exception("%s is not prepared", work.name)
+            return _record_of(work, FailedError("preparation_crashed", f"{type(error).__name__}: {error}"))
         logger.info("%s is prepared", work.name)
         return lambda session: preparations.finish(session, work, result)
 
@@ -149,6 +152,7 @@ class Preparer:
         if work.tokenizer_path is not None and not Path(tokenizer).is_dir():
             raise FailedError("tokenizer_missing", "The tokenizer is not there any more.")
         arguments = ["--source", self._source(work), "--tokenizer", tokenizer, "--out", str(output)]
+        arguments += ["--most-text", str(self._settings.max_expanded_bytes)]
         self._child(work, lease, self._prepare, arguments, self._settings.preparer_seconds)
         return _counts(output)
 
@@ -243,7 +247,16 @@ class Preparer:
         with database.transaction(self._bind) as session:
             gone = preparations.gone(session, work)
         if gone:
-            self._storage.remove(str(Path(work.output_path).parent if work.kind == "tokenization" else work.output_path))
+            self._storage.remove(
+                str(Path(work.output_path).parent if work.kind == "tokenization" else work.output_path)
+            )
+
+
+def _record_of(work: Preparation, failure: FailedError) -> Write:
+    logger.warning("%s is not prepared: %s", work.name, failure)
+    records = {"disk_full": preparations.put_off, "preparation_crashed": preparations.crashed}
+    record = records.get(failure.code, preparations.fail)
+    return lambda session: record(session, work, failure.error)
 
 
 def _in_child() -> Callable[[], None]:
@@ -273,8 +286,10 @@ def _failure(status: int, log: str, broken: str) -> FailedError:
         with contextlib.suppress(ValueError, IndexError):
             details = json.loads(lines[-2])
         return FailedError(broken, lines[-1], **(details if isinstance(details, dict) else {}))
-    if status == NO_MEMORY:
-        return FailedError("document_too_large", lines[-1] or "It takes more memory than it may.")
+    # Rust code does not return from an allocation that fails.
+    if status == NO_MEMORY or (status == -signal.SIGABRT and "memory allocation" in log):
+        code = "tokenizer_too_large" if broken == "tokenizer_invalid" else "document_too_large"
+        return FailedError(code, "It takes more memory than SLIMTUNE_PREPARER_MEMORY_BYTES allows.")
     if status == NO_SPACE:
         return FailedError("disk_full", "There is no space left for the tokens.")
     how = f"by signal {-status}" if status < 0 else f"with status {status}"
