@@ -1,6 +1,8 @@
 """Files below the data folder: uploads, checkpoints, and how both come and go without leaving halves behind.
 
-    datasets/<dataset_id>/data.<txt|jsonl>
+    datasets/<dataset_id>/data.<txt|jsonl|parquet>[.gz|.zst]
+    datasets/<dataset_id>/tokens-<tokenizer key>/...
+    tokenizers/<tokenizer_id>/tokenizer.json, tokenizer_config.json
     models/<model_id>/...                       uploaded; of a .gguf, the folder converted/ is the model
     jobs/<job_id>/checkpoints/attempt-0002/step-00000040/...
     jobs/<job_id>/attempt-<n>.stderr
@@ -23,10 +25,22 @@ from typing import Any, Self
 
 from service.errors import StorageFullError, UploadTooLargeError
 
+_COMPRESSION_SUFFIXES = {None: "", "gzip": ".gz", "zstd": ".zst"}
 
-def dataset_path(dataset_id: str, file_format: str) -> str:
+
+def dataset_path(dataset_id: str, file_format: str, compression: str | None = None) -> str:
     """Relative path of a dataset's file."""
-    return f"datasets/{dataset_id}/data.{file_format}"
+    return f"datasets/{dataset_id}/data.{file_format}{_COMPRESSION_SUFFIXES[compression]}"
+
+
+def tokens_dir(dataset_id: str, tokenizer_key: str) -> str:
+    """Relative path of the folder with a dataset's tokens under one tokenizer."""
+    return f"datasets/{dataset_id}/tokens-{tokenizer_key}"
+
+
+def tokenizer_dir(tokenizer_id: str) -> str:
+    """Relative path of an uploaded or trained tokenizer's folder."""
+    return f"tokenizers/{tokenizer_id}"
 
 
 def checkpoints_dir(job_id: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from service.datasets import clean_filename
+from service.filenames import clean_filename
 from service.errors import StorageFullError, UploadTooLargeError
 from service.storage import Storage
 
