@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from sqlalchemy import Engine
 
 from service import database
+from service.base_models import GGUF_FILE, CheckedModel, describe
 from service.errors import ModelInvalidError
+from service.filenames import clean_name
 from service.ids import new_id
 from service.jsonable import clean_text
 from service.models import Model
-from service.storage import Storage, model_path
+from service.status import PENDING, READY
+from service.storage import Storage, converted_path, model_path
 
-MAX_NAME_LENGTH = 200
 MAX_FILES = 256
 """Of one model: shards, and what lies beside them."""
-GGUF_FILE = "model.gguf"
 _KIB, _MIB = 1 << 10, 1 << 20
 
 SMALL_FILES = {
@@ -37,19 +37,6 @@ SMALL_FILES = {
 ACCEPTED = (*SMALL_FILES, "model.safetensors", "model-00001-of-00002.safetensors (and so on)", "one .gguf, alone")
 _SHARD = re.compile(r"model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 _GGUF_MAGIC = b"GGUF"
-
-
-@dataclass(frozen=True, slots=True)
-class CheckedModel:
-    """What a folder of files was found to be."""
-
-    config: dict[str, Any]
-    """ModelConfig as JSON."""
-    layout: str
-    """Whose names the tensors have: `slimtune`, or a Hugging Face model type."""
-    num_parameters: int
-    tokenizer_key: str | None
-    """Of the tokenizer beside the weights; None where there is none."""
 
 
 class ModelUpload:
@@ -108,15 +95,15 @@ class ModelUpload:
         model_id = new_id("model")
         row = Model(
             id=model_id,
-            name=clean_text(name or self._default_name)[:MAX_NAME_LENGTH],
+            name=clean_name(name or self._default_name),
             kind="upload",
-            status="pending" if checked is None else "ready",
+            status=PENDING if checked is None else READY,
             path=model_path(model_id),
             files=self._upload.files,
             bytes=self._upload.bytes,
         )
         if checked is None:
-            row.path = f"{model_path(model_id)}/converted"
+            row.path = converted_path(model_id)
         else:
             describe(row, checked)
         return row
@@ -128,15 +115,6 @@ class ModelUpload:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._upload.__exit__(kind, error, trace)
-
-
-def describe(row: Model, checked: CheckedModel) -> None:
-    """Note in the row what its folder was found to be."""
-    row.config = checked.config
-    row.layout = checked.layout
-    row.num_parameters = checked.num_parameters
-    row.tokenizer_key = checked.tokenizer_key
-    row.tokenizer_path = row.path if checked.tokenizer_key is not None else None
 
 
 def _accepted_name(filename: str) -> str:

@@ -22,8 +22,12 @@ from service.ids import new_id
 from service.jobs import planned_anew
 from service.jsonable import clean_json, finite
 from service.models import Checkpoint, Dataset, Job, Metric, Model
-from service.status import TRANSITIONS, Desired, JobStatus
+from service.status import READY, TRANSITIONS, Desired, JobStatus
 
+OWN_LAYOUT = "slimtune"
+"""Of checkpoints, in the words of slim_core.weights.layout."""
+BYTES_KEY = "bytes"
+"""Of jobs that read bytes (Tokenization.key)."""
 MAX_FAILURES = 3
 """Attempts in a row without a new checkpoint after which a crashing job is given up."""
 TYPICAL_STEPS = 20
@@ -384,9 +388,17 @@ def _create_output(session: Session, job: Job, output: OutputModel | None) -> st
         if checkpoint is None:
             raise ValueError("output_model: a job without a checkpoint cannot succeed")
         output = OutputModel(checkpoint.step, checkpoint.path)
+    base = session.get(Model, job.base_model_id) if job.base_model_id else None
+    has_tokenizer = job.tokenizer_key != BYTES_KEY
     model = Model(
         id=new_id("model"),
         name=job.name or f"{job.model} of {job.id}",
+        kind="output",
+        status=READY,
+        # A checkpoint is written as the model that it started from was, if that can describe it.
+        layout=base.layout if base is not None and base.config == job.model_config else OWN_LAYOUT,
+        tokenizer_key=job.tokenizer_key if has_tokenizer else None,
+        tokenizer_path=output.path if has_tokenizer else None,
         job_id=job.id,
         step=output.step,
         config=job.model_config,
