@@ -175,8 +175,8 @@ async def receive_files(
 
     Raises as `receive_upload` does.
     """
-    form = open_form(request.headers.get("content-type", ""), max_files)
     with sink as opened:
+        form = open_form(request.headers.get("content-type", ""), max_files)
         await _copy(form, request.stream(), opened)
         if not form.files:
             raise InvalidRequestError(("file", "is missing"))
