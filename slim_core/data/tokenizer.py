@@ -191,7 +191,5 @@ def _template_source(folder: Path, config: dict[str, Any]) -> str:
             raise TokenizerError("chat_template.jinja: is not valid UTF-8") from error
     template = config.get("chat_template")
     if isinstance(template, list):  # several by name
-        template = next(
-            (t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None
-        )
+        template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None)
     return template if isinstance(template, str) else ChatTemplate().source
