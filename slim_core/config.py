@@ -17,6 +17,7 @@ CUSTOM_FEATURE_MAPS: set[str] = set()
 """Names that `slim_core.layers.features.register_feature_map` has added."""
 
 Precision = Literal["float32", "bfloat16"]
+Packing = Literal["continuous", "packed", "single"]
 
 BYTE_VOCABULARY = 257
 """256 byte values and one document border (`slim_core.data.tokenizer`)."""
@@ -378,7 +379,7 @@ class TrainConfig(_Json):
     """Share of channels set to zero after the embedding, each attention and each MLP."""
     label_smoothing: float = 0.0
     """Share of the target's probability that is spread evenly over the vocabulary."""
-    packing: Literal["continuous", "packed", "single"] = "continuous"
+    packing: Packing = "continuous"
     """How documents become sequences of T tokens. Cut from all of them in a row, attention seeing the end of the one
     before; the same, but attention and positions start afresh with each document; or one document a sequence, the rest
     of which has no loss, and documents longer than T in several."""

@@ -115,7 +115,7 @@ class FileTokenizer:
 
 
 def load_tokenizer(folder: Path | None) -> Tokenizer:
-    """Of a folder with tokenizer.json and, where there are, tokenizer_config.json and chat_template.jinja; None is bytes.
+    """Of a folder with tokenizer.json and, maybe, tokenizer_config.json and chat_template.jinja; None is bytes.
 
     A document ends with the config's eos_token, else with the first of <|endoftext|>, </s> and <|im_end|> that the
     vocabulary has. Raises TokenizerError.
@@ -177,8 +177,8 @@ def _end_of_document(vocabulary: dict[str, int], config: dict[str, Any]) -> int:
         if token in vocabulary:
             return vocabulary[token]
     raise TokenizerError(
-        f"no token ends a document: name one as eos_token in tokenizer_config.json (none of {', '.join(_END_TOKENS)} is "
-        "in the vocabulary)"
+        "no token ends a document: name one as eos_token in tokenizer_config.json (the vocabulary has none of "
+        f"{', '.join(_END_TOKENS)})"
     )
 
 
@@ -191,5 +191,7 @@ def _template_source(folder: Path, config: dict[str, Any]) -> str:
             raise TokenizerError("chat_template.jinja: is not valid UTF-8") from error
     template = config.get("chat_template")
     if isinstance(template, list):  # several by name
-        template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None)
+        template = next(
+            (t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None
+        )
     return template if isinstance(template, str) else ChatTemplate().source
