@@ -33,18 +33,113 @@ class Page(_Response, Generic[Item]):
     has_more: bool
 
 
+class PreparationError(_Response):
+    """Why something could not be prepared, or is still to be tried again."""
+
+    model_config = ConfigDict(extra="allow")
+
+    code: str
+    message: str
+    hint: str
+
+
+class TokenizationResponse(_Response):
+    """A dataset under one tokenizer. Counts are null until it is ready."""
+
+    tokenizer: str = Field(description="`bytes`, or the id of a tokenizer or model.")
+    status: Literal["pending", "running", "ready", "failed"]
+    vocab_size: int | None
+    documents: int | None = Field(description="Without those that are left out.")
+    tokens: int | None = Field(description="One that ends each document included.")
+    targets: int | None = Field(description="Tokens that have a loss.")
+    longest_document_tokens: int | None
+    histogram: dict[str, int] | None = Field(
+        description="Documents by length: `64` counts those of 33 to 64 tokens, and so on by powers of two."
+    )
+    empty_documents: int | None = Field(description="Left out because they hold no text.")
+    untrained_documents: int | None = Field(description="Left out because no part of them has a loss.")
+    inexact_cuts: int | None = Field(
+        description="Places where a very long text was cut for the tokenizer, which may have changed a token."
+    )
+    problems: list[dict[str, Any]] = Field(description="The first 20 of a dataset that is broken: `line`, `reason`.")
+    error: PreparationError | None = Field(
+        description="Of one that failed, or of the last try of one that is tried again, as on a full disk."
+    )
+    created_at: datetime
+    finished_at: datetime | None
+
+    @classmethod
+    def of_row(cls, row: rows.Tokenization) -> Self:
+        counts = row.counts or {}
+        names = ("vocab_size", "documents", "tokens", "targets", "histogram")
+        left_out = ("empty_documents", "untrained_documents", "inexact_cuts")
+        error = dict(row.error or {})
+        return cls.model_validate(
+            {
+                **{name: counts.get(name) for name in names + left_out},
+                "longest_document_tokens": counts.get("longest"),
+                "tokenizer": row.tokenizer,
+                "status": row.status,
+                "problems": error.pop("problems", []),
+                "error": error or None,
+                "created_at": row.created_at,
+                "finished_at": row.finished_at,
+            }
+        )
+
+
 class DatasetResponse(_Response):
     id: str
     name: str
     filename: str
-    format: Literal["txt", "jsonl"]
-    bytes: int
-    documents: int
-    tokens: int = Field(description="Bytes of UTF-8 and one border for each document.")
-    longest_document_tokens: int
+    format: Literal["txt", "jsonl", "parquet"]
+    compression: Literal["gzip", "zstd"] | None
+    kind: Literal["text", "prompt_completion", "messages"] | None = Field(
+        description="Of its documents; null until a .parquet has been read."
+    )
+    bytes: int = Field(description="Of the file.")
+    documents: int | None
+    tokens: int | None = Field(
+        description="Of a dataset of texts: bytes of UTF-8 and one border a document. Others: see `tokenizations`."
+    )
+    longest_document_tokens: int | None
     sha256: str = Field(description="Of the file, in hex.")
     problems: list[dict[str, Any]]
+    tokenizations: list[TokenizationResponse]
     created_at: datetime
+
+    @classmethod
+    def of_row(cls, row: rows.Dataset) -> Self:
+        own = {name: getattr(row, name) for name in cls.model_fields if name != "tokenizations"}
+        return cls.model_validate({**own, "tokenizations": [TokenizationResponse.of_row(t) for t in row.tokenizations]})
+
+
+class TokenizerResponse(_Response):
+    id: str
+    name: str
+    source: Literal["upload", "trained"]
+    status: Literal["preparing", "ready", "failed"]
+    vocab_size: int | None = Field(description="Null until it is ready.")
+    dataset: str | None = Field(description="What it is trained on.")
+    error: PreparationError | None
+    created_at: datetime
+    finished_at: datetime | None
+
+    @classmethod
+    def of_row(cls, row: rows.Tokenizer) -> Self:
+        return cls.model_validate(
+            {
+                "id": row.id,
+                "name": row.name,
+                "source": row.source,
+                "status": row.status if row.status in ("ready", "failed") else "preparing",
+                "vocab_size": row.vocab_size,
+                "dataset": row.dataset_id,
+                "error": row.error,
+                "created_at": row.created_at,
+                "finished_at": row.finished_at,
+            }
+        )
 
 
 class FileRecord(_Response):
@@ -218,6 +313,9 @@ class JobSummary(_Response):
     gradient_clip: float | None
     evaluate_every: int | None
     evaluate_sequences: int
+    validation_fraction: float | None = None
+    packing: Literal["packed", "continuous", "single"] = "continuous"
+    tokenizer: str | None = None
     checkpoint_every: int | None
     keep: int
     early_stopping: EarlyStoppingFields | None

@@ -194,6 +194,24 @@ class PlanRequest(_Request):
     model: Reference = Field(description="A built-in model's name (GET /models), or the id of a finished job's output.")
     dataset: Reference | None = Field(None, description="Id of the training data. Needed if `epochs` is given.")
     validation_dataset: Reference | None = Field(None, description="Id of the data for validation losses.")
+    validation_fraction: float | None = Field(
+        None,
+        gt=0,
+        le=0.5,
+        description="In place of validation_dataset: this share of the dataset's documents, drawn by the seed, is kept "
+        "from training.",
+    )
+    tokenizer: Reference | None = Field(
+        None,
+        description="Id of a tokenizer, for a built-in model, whose vocabulary it is then. Without it, bytes; other "
+        "models have their own.",
+    )
+    packing: Literal["packed", "continuous", "single"] = Field(
+        "packed",
+        description="How documents become sequences: in a row, attention starting afresh with each (`packed`); in a "
+        "row as if they were one text (`continuous`); or one document a sequence, the rest of which has no loss, and a "
+        "longer one in several (`single`).",
+    )
     memory_cap: MemoryCap = Field(
         description="The most private memory that the trainer process may ever hold: bytes, or a text such as `1.5GiB`."
     )
@@ -218,7 +236,7 @@ class PlanRequest(_Request):
         None,
         ge=1,
         le=1_000_000_000,
-        description="Steps between validation losses. Without it, a validation dataset is used once, at the end.",
+        description="Steps between validation losses. Without it, validation data is used once, at the end.",
     )
     evaluate_sequences: int = Field(8, ge=1, le=1_000_000, description="Sequences per validation, at most.")
     checkpoint_every: int | None = Field(
@@ -244,6 +262,31 @@ class ResumeRequest(_Request):
 
     memory_cap: MemoryCap | None = Field(None, description="Another cap: bytes, or a text such as `1.5GiB`.")
 
+
+class TokenizationRequest(_Request):
+    """What to make a dataset's tokens with."""
+
+    tokenizer: Reference = Field(description="`bytes`, the id of a tokenizer, or that of a model for the model's own.")
+
+
+class TrainFields(_Request):
+    """A byte-pair encoding of the dataset's text."""
+
+    dataset: Reference = Field(description="Id of the dataset to train on.")
+    vocab_size: int = Field(ge=300, le=200_000, description="Tokens, all 256 bytes and the special ones among them.")
+
+
+class TrainTokenizerRequest(_Request):
+    """A tokenizer to train."""
+
+    train: TrainFields
+    name: Annotated[Text, Field(min_length=1, max_length=200)] | None = None
+
+
+TOKENIZATION_EXAMPLES: dict[str, Any] = {
+    "uploaded": {"value": {"tokenizer": "tok_01936f0e4b7a7c3f8d21c5a0b9e4f617"}},
+    "of a model": {"value": {"tokenizer": "model_01936f0e5c1d7e11a4b3f0c2d8e96a05"}},
+}
 
 JOB_EXAMPLES: dict[str, Any] = {
     "small": {

@@ -6,11 +6,11 @@ Starlette's UploadFile would spool the whole file before a route can look at its
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Generic, Literal, Protocol, Self, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
 import anyio
 from python_multipart import MultipartParser
@@ -65,10 +65,11 @@ Piece = FileStart | bytes
 
 
 class Form:
-    """The parts `file` and `name` of a multipart body, by callbacks of the parser."""
+    """The parts `file` and some short texts of a multipart body, by callbacks of the parser."""
 
-    def __init__(self, content_type: str, max_files: int = 1) -> None:
-        """`file` may come up to `max_files` times. Raises InvalidRequestError for another content type."""
+    def __init__(self, content_type: str, max_files: int = 1, texts: Sequence[str] = ("name",)) -> None:
+        """`file` may come up to `max_files` times, each of `texts` once. Raises InvalidRequestError for another content
+        type."""
         kind, options = parse_options_header(content_type)
         if kind != b"multipart/form-data" or not options.get(b"boundary"):
             raise InvalidRequestError(("file", "send the file as multipart/form-data in the field `file`"))
@@ -76,9 +77,10 @@ class Form:
         """That have begun."""
         self.complete = False
         self._max_files = max_files
-        self._name: bytearray | None = None
+        self._allowed = frozenset(texts)
+        self._texts: dict[str, bytearray] = {}
         self._pieces: list[Piece] = []
-        self._part: Literal["file", "name"] | None = None
+        self._part = ""
         self._header: tuple[bytearray, bytearray] = (bytearray(), bytearray())
         self._disposition = b""
         self._parser = MultipartParser(
@@ -98,7 +100,12 @@ class Form:
     @property
     def name(self) -> str | None:
         """The text of the field `name`, if it was sent."""
-        return None if self._name is None else self._name.decode("utf-8", "replace")
+        return self.text("name")
+
+    def text(self, field: str) -> str | None:
+        """The text of a field, if it was sent."""
+        value = self._texts.get(field)
+        return None if value is None else value.decode("utf-8", "replace")
 
     def feed(self, data: bytes) -> list[Piece]:
         """Take a portion of the body; returns the files' bytes in it. Raises InvalidRequestError."""
@@ -129,58 +136,67 @@ class Form:
         elif name == b"file":
             allowed = "one file" if self._max_files == 1 else f"at most {self._max_files} files"
             raise InvalidRequestError(("file", f"must be {allowed}, with a file name"))
-        elif name == b"name" and self._name is None:
-            self._part = "name"
-            self._name = bytearray()
         else:
-            raise InvalidRequestError(((name or b"").decode("utf-8", "replace"), "is not a field of this form"))
+            self._part = (name or b"").decode("utf-8", "replace")
+            if self._part not in self._allowed or self._part in self._texts:
+                raise InvalidRequestError((self._part, "is not a field of this form, or is there twice"))
+            self._texts[self._part] = bytearray()
 
     def _take(self, data: bytes, start: int, end: int) -> None:
         if self._part == "file":
             self._pieces.append(data[start:end])
-        elif self._name is not None:
-            self._name += data[start:end]
-            if len(self._name) > MAX_FIELD_BYTES:
-                raise InvalidRequestError(("name", f"must be at most {MAX_FIELD_BYTES} bytes"))
+        else:
+            text = self._texts[self._part]
+            text += data[start:end]
+            if len(text) > MAX_FIELD_BYTES:
+                raise InvalidRequestError((self._part, f"must be at most {MAX_FIELD_BYTES} bytes"))
 
     def _end(self) -> None:
         self.complete = True
 
 
-def open_form(content_type: str, max_files: int = 1) -> Form:
+def open_form(content_type: str, max_files: int = 1, texts: Sequence[str] = ("name",)) -> Form:
     """A form for this content type. Raises InvalidRequestError."""
     try:
-        return Form(content_type, max_files)
+        return Form(content_type, max_files, texts)
     except FormParserError as error:
         raise InvalidRequestError(("file", "the multipart boundary is too long")) from error
 
 
 async def receive_upload(
-    request: Request, open_sink: Callable[[str], SinkT], store: Callable[[SinkT, str | None], Stored]
+    request: Request,
+    open_sink: Callable[[str], SinkT],
+    store: Callable[..., Stored],
+    texts: Sequence[str] = ("name",),
 ) -> Stored:
-    """Stream the file of a request into `open_sink(filename)`, then `store(sink, name)`; both run in threads.
+    """Stream the file of a request into `open_sink(filename)`, then `store(sink, *values of texts)`; both run in
+    threads. A text that was not sent is None.
 
     Raises InvalidRequestError for a malformed form, UploadStalledError, ClientDisconnect, what the callables raise.
     """
-    return await receive_files(request, _OneFile(open_sink), lambda one, name: store(one.sink, name), max_files=1)
+    return await receive_files(
+        request, _OneFile(open_sink), lambda one, *values: store(one.sink, *values), max_files=1, texts=texts
+    )
 
 
 async def receive_files(
     request: Request,
     sink: AbstractContextManager[FilesSinkT],
-    store: Callable[[FilesSinkT, str | None], Stored],
+    store: Callable[..., Stored],
     max_files: int,
+    texts: Sequence[str] = ("name",),
 ) -> Stored:
-    """Stream the files of a request into `sink`, then `store(sink, name)`; all that it does runs in threads.
+    """Stream the files of a request into `sink`, then `store(sink, *values of texts)`; all that they do runs in
+    threads.
 
     Raises as `receive_upload` does.
     """
     with sink as opened:
-        form = open_form(request.headers.get("content-type", ""), max_files)
+        form = open_form(request.headers.get("content-type", ""), max_files, texts)
         await _copy(form, request.stream(), opened)
         if not form.files:
             raise InvalidRequestError(("file", "is missing"))
-        return await run_in_threadpool(store, opened, form.name)
+        return await run_in_threadpool(store, opened, *(form.text(field) for field in texts))
 
 
 class _OneFile(Generic[SinkT]):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.paper_runs import BITS, Run, initialise_as_published
 from slim_core.config import ModelConfig
-from slim_core.data.tokenizer import encode
+from slim_core.data.tokenizer import ByteTokenizer
 from slim_core.model import LanguageModel
 from slim_core.step import evaluate_loss
 
@@ -67,7 +67,7 @@ def make_model() -> LanguageModel:
 @lru_cache
 def text() -> Tensor:
     """The bytes of all topics, in the order of the package."""
-    return torch.tensor(encode("\n".join(topics.values())))
+    return torch.tensor(ByteTokenizer().encode("\n".join(topics.values())))
 
 
 def training_text() -> Tensor:

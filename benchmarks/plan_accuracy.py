@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.bench_measure import MIB, ROOT, machine, probe, progress
 from benchmarks.page import Target, at_least, at_most, fill, table, targets_table
 from slim_core.config import FEATURE_MAPS, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
-from slim_core.data.tokens import token_file
+from slim_core.data.prepare import make_tokens
 from slim_core.planning import Calibration, Workload, plan_job
 from slim_core.planning.costs import PRODUCT_ROWS, PRODUCT_WIDTHS
 from worker.calibrator import measure
@@ -73,7 +73,7 @@ def run(count: int, seed: int) -> Record:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "data.txt"
         source.write_text("\n".join(topics.values()))
-        data = token_file(source)
+        data = make_tokens(source)
         for number, (workload, cap) in zip(range(count), specifications(seed, calibration), strict=False):
             records.append(measured(workload, cap, calibration, data))
             shown = [f"{records[-1][name]:.3f}" for name in ("peak_ratio", "time_ratio")]

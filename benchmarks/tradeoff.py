@@ -22,7 +22,7 @@ import matplotlib as mpl
 from benchmarks.bench_measure import MIB, ROOT, probe
 from benchmarks.page import at_least, at_most
 from slim_core.config import BUILTIN_MODELS, TrainConfig
-from slim_core.data.tokens import token_file
+from slim_core.data.prepare import make_tokens
 from slim_core.planning import Calibration, Chunking, Plan, Workload, plan_job
 from worker.calibrator import measure
 
@@ -61,7 +61,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "data.txt"
         source.write_text("\n".join(topics.values()))
-        data = token_file(source)
+        data = make_tokens(source)
         for _ in range(ROUNDS):
             for point in points:
                 result = probe(workload, point.plan, data, threads)

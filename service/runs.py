@@ -21,7 +21,8 @@ from service.failures import job_error
 from service.ids import new_id
 from service.jobs import planned_anew
 from service.jsonable import clean_json, finite
-from service.models import Checkpoint, Dataset, Job, Metric, Model
+from service.models import Checkpoint, Job, Metric, Model
+from service.preparations import source_path
 from service.status import READY, TRANSITIONS, Desired, JobStatus
 
 OWN_LAYOUT = "slimtune"
@@ -57,6 +58,10 @@ class ClaimedJob:
     validation_path: str | None
     initial_weights_path: str | None
     """Checkpoint folder of the base model; None for new weights."""
+    tokenizer_key: str
+    """Which token folders of the datasets it reads."""
+    tokenizer_path: str | None
+    """Folder of its tokenizer; None for bytes."""
     checkpoints_dir: str
     """Of this attempt alone."""
 
@@ -120,9 +125,11 @@ def claim(
         step=job.step,
         memory_replans=job.memory_replans,
         failures=job.failures,
-        dataset_path=_dataset_path(session, job.dataset_id),
-        validation_path=_dataset_path(session, job.validation_dataset_id) if job.validation_dataset_id else None,
+        dataset_path=source_path(session, job.dataset_id),
+        validation_path=source_path(session, job.validation_dataset_id) if job.validation_dataset_id else None,
         initial_weights_path=_model_path(session, job.base_model_id) if job.base_model_id else None,
+        tokenizer_key=job.tokenizer_key,
+        tokenizer_path=job.tokenizer_path,
         checkpoints_dir=storage.attempt_dir(job.id, job.attempt),
     )
 
@@ -311,10 +318,6 @@ def _fence(job_id: str, attempt: int) -> tuple[ColumnElement[bool], ...]:
 
 def _lease(seconds: float) -> ColumnElement[Any]:
     return func.clock_timestamp() + timedelta(seconds=seconds)
-
-
-def _dataset_path(session: Session, dataset_id: str) -> str:
-    return storage.dataset_path(dataset_id, session.scalars(select(Dataset.format).filter_by(id=dataset_id)).one())
 
 
 def _model_path(session: Session, model_id: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -14,12 +15,13 @@ import torch
 from slim_core.compilation import compile_blocks
 from slim_core.config import TrainConfig
 from slim_core.data.dataset import Windows
+from slim_core.data.tokens import DatasetError
 from slim_core.layers.dropout import Dropout
 from slim_core.memory import MemoryMeter
 from slim_core.model import LanguageModel
 from slim_core.optim import learning_rate, make_optimizer
 from slim_core.planning.plan import Plan
-from slim_core.step import count_targets, evaluate_loss, slim_step
+from slim_core.step import evaluate_loss, slim_step
 from slim_core.weights.checkpoint import CheckpointFile, checkpoint_name, load_training, save_checkpoint
 from slim_core.weights.lora import add_adapters
 
@@ -34,13 +36,13 @@ class StepMetrics:
     step: int
     """Counted from 1."""
     loss: float
-    """Mean training loss, nats per token."""
+    """Mean training loss, nats per target; 0 for a step none of whose sequences has a target, which changes nothing."""
     learning_rate: float
     grad_norm: float
     """Global norm of the gradient before clipping."""
     step_seconds: float
     tokens: int
-    """Trained on so far, repetitions included."""
+    """Trained on so far, repetitions, padding and what has no loss included."""
     peak_bytes: int
     """Of the process, so far in this attempt."""
 
@@ -176,10 +178,11 @@ class TrainingRun:
         The second gradient is taken away from the first where that lies. Raises what the allocator raises.
         """
         step = self._config.steps - 1
+        first = self._first_with_targets(step)
         try:
-            self._add_gradient(step, first=0, count=1)
+            self._add_gradient(step, first, count=1)
             norm = self._gradient_norm()
-            self._add_gradient(step, first=0, count=1, chunk_length=other_chunk_length, weight=-1.0)
+            self._add_gradient(step, first, count=1, chunk_length=other_chunk_length, weight=-1.0)
             error = self._gradient_norm() / norm
             if not math.isfinite(error):
                 raise DivergedError(self._progress.step, "the gradient after")
@@ -228,7 +231,8 @@ class TrainingRun:
             raise
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise DivergedError(step + 1, "the gradient" if math.isfinite(loss) else "the loss")
-        self._optimizer.step()
+        if self._num_targets(step):  # else there is no gradient, and weight decay alone would move the weights
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=False)
         self._progress.step = step + 1
         self._validation_loss = None
@@ -255,19 +259,29 @@ class TrainingRun:
         config, plan = self._config, self._plan
         self._model.redraw_features(step)
         count = min(count or plan.micro_batch_size, config.batch_size - first)
-        tokens, targets = (part.to(self._device) for part in self._data.batch(step * config.batch_size + first, count))
+        batch = self._data.batch(step * config.batch_size + first, count).to(self._device)
         return slim_step(
             self._model,
-            tokens,
-            targets,
+            batch.tokens,
+            batch.targets,
             chunk_length=chunk_length or plan.chunk_length,
             state_policy=plan.state_policy,
             weight=weight,
             dropout=Dropout(config.dropout, config.seed, step, first_row=first),
             label_smoothing=config.label_smoothing,
-            normaliser=config.batch_size * config.sequence_length,
+            normaliser=max(1, self._num_targets(step)),
+            document_starts=batch.document_starts,
             between_chunks=self._stop_between_chunks,
         )
+
+    def _num_targets(self, step: int) -> int:
+        """Of the whole step, micro-batches together."""
+        return self._data.num_targets(step * self._config.batch_size, self._config.batch_size)
+
+    def _first_with_targets(self, step: int) -> int:
+        """A sequence of the step that has a gradient; 0 if none has."""
+        first, size = step * self._config.batch_size, self._config.batch_size
+        return next((row for row in range(size) if self._data.num_targets(first + row, 1)), 0)
 
     def _gradient_norm(self) -> float:
         return float(torch.nn.utils.get_total_norm([p.grad for p in self._model.parameters() if p.grad is not None]))
@@ -281,13 +295,21 @@ class TrainingRun:
         return float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), limit))
 
     def _evaluate(self, validation: Windows) -> tuple[Evaluation, bool]:
-        """The validation loss, and whether it is the best so far."""
-        count = min(self._config.evaluate_sequences, validation.per_epoch)
+        """The validation loss, and whether it is the best so far. Sequences without a target do not count as one."""
+        counts = ((index, validation.num_validation_targets(index, 1)) for index in range(validation.per_epoch))
         total, targets_seen = 0.0, 0
-        for index in range(count):
-            tokens, targets = (part.to(self._device) for part in validation.validation(index, count=1))
-            total += evaluate_loss(self._model, tokens, targets, chunk_length=self._plan.chunk_length)
-            targets_seen += count_targets(targets)
+        for index, num_targets in itertools.islice(filter(_has_targets, counts), self._config.evaluate_sequences):
+            batch = validation.validation(index, count=1).to(self._device)
+            total += evaluate_loss(
+                self._model,
+                batch.tokens,
+                batch.targets,
+                chunk_length=self._plan.chunk_length,
+                document_starts=batch.document_starts,
+            )
+            targets_seen += num_targets
+        if not targets_seen:
+            raise DatasetError("no sequence of the validation data has a target with a loss")
         loss = total / targets_seen
         if not math.isfinite(loss):
             raise DivergedError(self._progress.step, "the validation loss")
@@ -318,6 +340,10 @@ class TrainingRun:
         self._saved_step = progress.step
         self._saved_at = time.monotonic()
         return Checkpoint(progress.step, checkpoint_name(progress.step), files, self._validation_loss)
+
+
+def _has_targets(sequence: tuple[int, int]) -> bool:
+    return sequence[1] > 0
 
 
 def _due(step: int, every: int | None) -> bool:

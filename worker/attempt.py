@@ -169,6 +169,8 @@ class Attempt:
             "memory_cap_bytes": self._job.memory_cap_bytes,
             "dataset_path": absolute(self._job.dataset_path),
             "validation_path": absolute(self._job.validation_path),
+            "tokenizer": absolute(self._job.tokenizer_path),
+            "tokenizer_key": self._job.tokenizer_key,
             "checkpoints_dir": str(folder),
             "resume_from": None if resume_from is None else str(resume_from),
             "initial_weights": absolute(self._job.initial_weights_path),

@@ -159,8 +159,9 @@ class Preparer:
     def _tokenizer(self, work: Preparation, lease: Lease) -> dict[str, Any]:
         """Key and size of a tokenizer that was trained, if it had to be, and checked. Raises as `_tokenise`."""
         folder = str(self._storage.path(work.output_path))
-        if work.kind == "training":
+        if work.kind == "training" and not Path(folder).exists():  # which an attempt that was lost may have done
             arguments = ["--source", self._source(work), "--vocab-size", str(work.vocab_size), "--out", folder]
+            arguments += ["--most-text", str(self._settings.max_expanded_bytes)]
             self._child(work, lease, self._train, arguments, self._settings.preparer_seconds)
         answer = self._child(work, lease, self._check, [folder], CHECK_SECONDS, broken="tokenizer_invalid")
         result: dict[str, Any] = json.loads(answer)
@@ -180,7 +181,8 @@ class Preparer:
         limit_seconds: float,
         broken: str = "dataset_invalid",
     ) -> str:
-        """Run a program to its end; returns what it printed. Raises FailedError, StoppedError, PreparationFencedError."""
+        """Run a program to its end; returns what it printed. Raises FailedError, StoppedError,
+        PreparationFencedError."""
         command = [sys.executable, "-m", module, "--memory", str(self._settings.preparer_memory_bytes), *arguments]
         with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as log:
             child = subprocess.Popen(

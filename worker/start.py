@@ -18,7 +18,8 @@ import sys
 import threading
 from pathlib import Path
 
-from slim_core.data.tokens import BROKEN_DATASET, NO_MEMORY, NO_SPACE, DatasetError, token_path
+from slim_core.data.tokenizer import BYTES_KEY, TokenizerError, tokenizer_key
+from slim_core.data.tokens import BROKEN_DATASET, NO_MEMORY_STATUSES, NO_SPACE, DatasetError, token_folder
 from worker.memory_watch import private_bytes
 from worker.process import die_with_parent
 from worker.report import EXIT_ERROR, Reporter
@@ -50,8 +51,9 @@ def main() -> int:
     threading.Thread(target=_die_at_end_of_stdin, daemon=True).start()
     reporter = Reporter(int(os.environ["SLIMTUNE_REPORT_FD"]))
     try:
-        tokenise([spec["dataset_path"], spec["validation_path"]], spec["memory_cap_bytes"])
-    except DatasetError as error:
+        paths = [path for path in (spec["dataset_path"], spec["validation_path"]) if path is not None]
+        tokenise([Path(path) for path in paths], spec.get("tokenizer"), spec["memory_cap_bytes"])
+    except (DatasetError, TokenizerError) as error:
         return _refuse(reporter, "dataset_invalid", str(error))
     except DocumentTooLargeError as error:
         return _refuse(reporter, "document_too_large", str(error))
@@ -64,19 +66,23 @@ def main() -> int:
     return trainer.main(spec, reporter)
 
 
-def tokenise(paths: list[str | None], cap_bytes: int) -> None:
-    """Make the token files that are not there yet, in a child: a document is parsed whole, and what that takes must
-    not stay in the heap of this process. Together they hold at most the cap.
+def tokenise(sources: list[Path], tokenizer: str | None, cap_bytes: int) -> None:
+    """Make the token folders that are not there yet, each in a child: a document is parsed whole, and what that takes
+    must not stay in the heap of this process. Together they hold at most the cap.
 
-    Raises DatasetError, DocumentTooLargeError, DiskFullError.
+    Raises DatasetError, TokenizerError, DocumentTooLargeError, DiskFullError.
     """
-    missing = [path for path in paths if path is not None and not token_path(Path(path)).exists()]
-    if not missing:
-        return
+    key = tokenizer_key(None if tokenizer is None else Path(tokenizer))
+    for source in sources:
+        if not (out := token_folder(source, key)).exists():
+            _prepare(source, tokenizer or BYTES_KEY, out, cap_bytes)
+
+
+def _prepare(source: Path, tokenizer: str, out: Path, cap_bytes: int) -> None:
     allowed = cap_bytes - private_bytes(os.getpid())
-    command = [sys.executable, "-m", "slim_core.data.tokens", "--memory", str(allowed), *missing]
+    files = ["--source", str(source), "--tokenizer", tokenizer, "--out", str(out)]
     result = subprocess.run(
-        command,
+        [sys.executable, "-m", "slim_core.data.prepare", "--memory", str(allowed), *files],
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -85,10 +91,10 @@ def tokenise(paths: list[str | None], cap_bytes: int) -> None:
     )
     if result.returncode == BROKEN_DATASET:
         raise DatasetError(result.stderr.splitlines()[-1])
-    if result.returncode == NO_MEMORY:
+    if result.returncode in NO_MEMORY_STATUSES:
         raise DocumentTooLargeError(f"A document takes more than memory_cap ({cap_bytes} bytes) to be parsed.")
     if result.returncode == NO_SPACE:
-        raise DiskFullError("The disk is full: a dataset's tokens take twice the size of its text.")
+        raise DiskFullError("The disk is full: a dataset's tokens take twice the size of its text, or more.")
     if result.returncode:
         raise RuntimeError(f"tokenising ended with status {result.returncode}: {result.stderr[-500:]}")
 

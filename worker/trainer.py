@@ -16,7 +16,9 @@ import torch
 from slim_core.calibrate import warm_up
 from slim_core.config import ModelConfig, TrainConfig
 from slim_core.data.dataset import Windows
-from slim_core.data.tokens import NO_SPACE_ERRORS, DatasetError, token_file
+from slim_core.data.stream import Part
+from slim_core.data.tokenizer import tokenizer_key
+from slim_core.data.tokens import NO_SPACE_ERRORS, DatasetError, token_folder
 from slim_core.memory import MemoryMeter, is_out_of_memory, make_meter, pick_device
 from slim_core.model import LanguageModel
 from slim_core.planning import Plan
@@ -69,10 +71,7 @@ def main(spec: dict[str, Any], reporter: Reporter) -> int:
 
 def _load(spec: dict[str, Any], device: torch.device, meter: MemoryMeter, stop: Stop) -> TrainingRun:
     config = TrainConfig.from_json(spec["train"])
-    data = Windows(token_file(Path(spec["dataset_path"])), config.sequence_length, config.seed)
-    validation = None
-    if spec["validation_path"] is not None:
-        validation = Windows(token_file(Path(spec["validation_path"])), config.sequence_length, config.seed)
+    data, validation = _data(spec, config)
     model = LanguageModel(ModelConfig.from_json(spec["model"]))
     if spec["initial_weights"] is None:
         model.initialize(config.seed)
@@ -84,6 +83,21 @@ def _load(spec: dict[str, Any], device: torch.device, meter: MemoryMeter, stop: 
     if spec["resume_from"] is not None:
         run.resume(Path(spec["resume_from"]))
     return run
+
+
+def _data(spec: dict[str, Any], config: TrainConfig) -> tuple[Windows, Windows | None]:
+    """What to train on and what to measure it with: a dataset of its own, a share of the documents, or nothing."""
+    key = tokenizer_key(Path(spec["tokenizer"]) if spec.get("tokenizer") else None)
+
+    def windows(path: str, part: Part | None = None) -> Windows:
+        folder = token_folder(Path(path), key)
+        return Windows(folder, config.sequence_length, config.seed, config.packing, part)
+
+    if fraction := spec.get("validation_fraction"):
+        training, validation = (Part(name, fraction, config.seed) for name in ("training", "validation"))
+        return windows(spec["dataset_path"], training), windows(spec["dataset_path"], validation)
+    validation_path = spec["validation_path"]
+    return windows(spec["dataset_path"]), None if validation_path is None else windows(validation_path)
 
 
 def _train(run: TrainingRun, reporter: Reporter, meter: MemoryMeter, spec: dict[str, Any]) -> int:

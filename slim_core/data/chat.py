@@ -27,7 +27,7 @@ class ChatTemplateError(ValueError):
 
 
 class ChatTemplate:
-    """One template and the special tokens that it may name (bos_token, eos_token, ...). Jinja is loaded on first use."""
+    """A template and the special tokens that it may name (bos_token, eos_token, ...). Jinja is loaded on first use."""
 
     def __init__(self, source: str = DEFAULT_TEMPLATE, special_tokens: Mapping[str, str] | None = None) -> None:
         self.source = source
@@ -70,8 +70,8 @@ class ChatTemplate:
         whole = self.render(messages)
         if not whole.startswith(done):
             raise ChatTemplateError(
-                "the chat template writes the assistant's messages in another way when others follow: which part is the "
-                "assistant's cannot be told"
+                "the chat template writes the assistant's messages in another way when others follow: which part is "
+                "the assistant's cannot be told"
             )
         return [piece for piece in [*pieces, (whole[len(done) :], False)] if piece[0]]
 
@@ -83,7 +83,7 @@ class ChatTemplate:
         from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415
 
         class Generation(Extension):
-            """{% generation %} ... {% endgeneration %}, with which some templates mark the assistant's part: its body."""
+            """{% generation %} ... {% endgeneration %}, which some templates put around the assistant's part."""
 
             tags = {"generation"}  # noqa: RUF012  # as Jinja wants it
 

@@ -97,17 +97,17 @@ def _objects(source: Path, problems: Problems, limit_bytes: int | None) -> Itera
     for number, line in enumerate(sources.lines(source, limit_bytes), 1):
         if line is None:
             problems.add(number, f"is longer than {MAX_LINE_BYTES} bytes")
-        elif not line.isspace() and line:
+        elif line.strip():
             try:
                 value = json.loads(line.decode("utf-8"))
             except UnicodeDecodeError:
                 problems.add(number, "is not valid UTF-8")
             except RecursionError:
                 problems.add(number, "is nested too deeply")
-            except ValueError as error:
-                is_json = isinstance(error, json.JSONDecodeError)
-                reason = f"{error.msg} at column {error.colno}" if is_json else "bad number"
-                problems.add(number, f"is not valid JSON: {reason}")
+            except json.JSONDecodeError as error:
+                problems.add(number, f"is not valid JSON: {error.msg} at column {error.colno}")
+            except ValueError:
+                problems.add(number, "is not valid JSON: bad number")
             else:
                 del line
                 yield number, value
@@ -116,7 +116,7 @@ def _objects(source: Path, problems: Problems, limit_bytes: int | None) -> Itera
 def _rows(source: Path, _problems: Problems, limit_bytes: int | None) -> Iterator[tuple[int, Any]]:
     """Rows of a `.parquet`, the columns that documents have."""
     try:
-        import pyarrow  # noqa: PLC0415  # an extra
+        import pyarrow as pa  # noqa: PLC0415  # an extra
         from pyarrow import parquet  # noqa: PLC0415
     except ImportError as error:
         raise DatasetError("reading .parquet needs the package pyarrow: pip install 'slimtune[parquet]'") from error
@@ -130,7 +130,7 @@ def _rows(source: Path, _problems: Problems, limit_bytes: int | None) -> Iterato
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except pyarrow.ArrowInvalid as error:
+    except pa.ArrowInvalid as error:
         raise DatasetError(f"is not a .parquet that can be read: {error}") from error
     except OSError as error:
         if error.errno is not None:
@@ -150,18 +150,17 @@ class _Grammar:
         """The document, or None after a problem was added."""
         try:
             document = _document(line, record)
-            if self._first is None:
-                self._first = (document.kind, line)
-            kind, first_line = self._first
-            if document.kind != kind:
-                raise _ProblemError(
-                    f"is of the kind {_NAMES[document.kind]}, but line {first_line} is of the kind {_NAMES[kind]}: "
-                    "a file has one kind"
-                )
         except _ProblemError as error:
             self._problems.add(line, str(error))
             return None
-        return document
+        self._first = self._first or (document.kind, line)
+        kind, first_line = self._first
+        if document.kind == kind:
+            return document
+        self._problems.add(
+            line, f"is {_NAMES[document.kind]}, but line {first_line} is {_NAMES[kind]}: one kind a file"
+        )
+        return None
 
 
 class _ProblemError(ValueError):

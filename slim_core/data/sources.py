@@ -20,7 +20,7 @@ Compression = Literal["gz", "zst"]
 BLOCK_BYTES = 1 << 20
 MAX_LINE_BYTES = 64 << 20
 _ZSTD_INPUT_BYTES = 1 << 10
-"""Four bytes can stand for a block of 128 KiB: what comes out of one call is bounded by what goes in, here by 32 MiB."""
+"""Four bytes can stand for a block of 128 KiB: what comes out of one call is bounded by what goes in, here 32 MiB."""
 _ZSTD_WINDOW_BYTES = 128 << 20
 """The most that zstd's own tools decompress without being told to."""
 
@@ -46,7 +46,7 @@ def source_format(name: str) -> SourceFormat:
         compression = "gz" if parts.pop() == "gz" else "zst"
     for known in ("txt", "jsonl", "parquet"):
         if len(parts) > 1 and parts[-1] == known:
-            return SourceFormat(known, compression)  # type: ignore[arg-type]  # mypy sees str
+            return SourceFormat(known, compression)
     raise DatasetError(f"{name}: must end in .txt, .jsonl or .parquet, with .gz or .zst after it if it is compressed")
 
 
@@ -98,7 +98,7 @@ def seekable(source: Path, limit_bytes: int | None = None) -> BinaryIO:
     except BaseException:
         file.close()
         raise
-    return file  # type: ignore[return-value]  # a wrapper of the same methods
+    return file
 
 
 def _joined(pending: list[bytes], size: int) -> bytes | None:

@@ -115,7 +115,7 @@ class FileTokenizer:
 
 
 def load_tokenizer(folder: Path | None) -> Tokenizer:
-    """Of a folder with tokenizer.json and, where there are, tokenizer_config.json and chat_template.jinja; None is bytes.
+    """Of a folder with tokenizer.json and, maybe, tokenizer_config.json and chat_template.jinja; None is bytes.
 
     A document ends with the config's eos_token, else with the first of <|endoftext|>, </s> and <|im_end|> that the
     vocabulary has. Raises TokenizerError.
@@ -177,8 +177,8 @@ def _end_of_document(vocabulary: dict[str, int], config: dict[str, Any]) -> int:
         if token in vocabulary:
             return vocabulary[token]
     raise TokenizerError(
-        f"no token ends a document: name one as eos_token in tokenizer_config.json (none of {', '.join(_END_TOKENS)} is "
-        "in the vocabulary)"
+        "no token ends a document: name one as eos_token in tokenizer_config.json (the vocabulary has none of "
+        f"{', '.join(_END_TOKENS)})"
     )
 
 

@@ -17,6 +17,7 @@ import dataclasses
 import errno
 import json
 import os
+import signal
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -33,6 +34,8 @@ BROKEN_DATASET = 2
 and the line before it holds `DatasetError.to_json`."""
 NO_MEMORY = 3
 """... for a document that cannot be parsed in the memory that it was given."""
+NO_MEMORY_STATUSES = frozenset({NO_MEMORY, -signal.SIGABRT})
+"""How such a program ends then: some libraries abort where they are refused memory."""
 NO_SPACE = 4
 """... and for a full disk."""
 NO_SPACE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import pytest
 
 from slim_core.config import ModelConfig, OptimizerConfig, TrainConfig
-from slim_core.data.tokens import token_file
+from slim_core.data.prepare import make_tokens
 from slim_core.planning import Plan
 from slim_core.weights.checkpoint import verify_checkpoint
 from tests.unit.core_support import a_plan, names, write_text
@@ -332,8 +332,8 @@ runpy.run_module("worker.start", run_name="__main__")
 
 def test_a_full_disk_is_named(start: Start, tmp_path: Path) -> None:
     """A limit on the size of files stands in for it: the weights are larger."""
-    token_file(write_text(tmp_path / "data"))
-    token_file(write_text(tmp_path / "validation", VALIDATION))
+    make_tokens(write_text(tmp_path / "data"))
+    make_tokens(write_text(tmp_path / "validation", VALIDATION))
     trainer = start(replace(TRAIN, steps=1), command=[sys.executable, "-c", LIMITED])
     assert one_failure(trainer).code == "disk_full"
     assert names(tmp_path / "checkpoints-0") == []

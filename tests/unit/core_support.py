@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slim_core.config import ModelConfig
 from slim_core.data.dataset import Windows
-from slim_core.data.tokens import token_file
+from slim_core.data.prepare import make_tokens
 from slim_core.layers.dropout import NO_DROPOUT, Dropout
 from slim_core.layers.head import IGNORED
 from slim_core.model import LanguageModel
@@ -167,7 +167,7 @@ def write_text(folder: Path, names: Iterable[str] | None = None) -> Path:
 
 
 def text_windows(folder: Path, sequence_length: int, seed: int = 0) -> Windows:
-    return Windows(token_file(write_text(folder)), sequence_length, seed)
+    return Windows(make_tokens(write_text(folder)), sequence_length, seed)
 
 
 def names(folder: Path) -> list[str]:

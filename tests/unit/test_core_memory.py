@@ -161,7 +161,7 @@ TRAIN = """
 from pathlib import Path
 from slim_core.config import ModelConfig, TrainConfig
 from slim_core.data.dataset import Windows
-from slim_core.data.tokens import token_file
+from slim_core.data.prepare import make_tokens
 from slim_core.model import LanguageModel
 from slim_core.planning import Plan
 from slim_core.train import StepMetrics, TrainingRun
@@ -170,7 +170,7 @@ runtime = private_bytes()
 meter = CpuMeter()
 config = TrainConfig.from_json(arguments["train"])
 model = LanguageModel(ModelConfig.from_json(arguments["model"])).initialize(0)
-data = Windows(token_file(Path(arguments["text"])), config.sequence_length, seed=0)
+data = Windows(make_tokens(Path(arguments["text"])), config.sequence_length, seed=0)
 run = TrainingRun(
     model, config, Plan.from_json(arguments["plan"]), data, data, Path(arguments["text"]).parent / "checkpoints", meter
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import plan_accuracy
-from slim_core.data.tokens import token_file
+from slim_core.data.prepare import make_tokens
 from slim_core.planning import default_calibration
 from tests.unit.core_support import write_text
 
@@ -21,7 +21,7 @@ def test_no_job_exceeds_its_plan(tmp_path: Path) -> None:
     # One thread: the tests run side by side, and times are not looked at. No runtime: a plan that has less than it
     # takes leaves no room for what is idle, so what is measured is what the job needs.
     calibration = replace(default_calibration(), threads=1, runtime_bytes=0)
-    data = token_file(write_text(tmp_path))
+    data = make_tokens(write_text(tmp_path))
     for workload, cap in islice(plan_accuracy.specifications(SEED, calibration), COUNT):
         record = plan_accuracy.measured(workload, cap, calibration, data)
         assert record["plan"]["predicted_peak_bytes"] <= cap
