@@ -22,7 +22,8 @@ from slim_core.model import LanguageModel
 from slim_core.optim import learning_rate, make_optimizer
 from slim_core.planning.plan import Plan
 from slim_core.step import evaluate_loss, slim_step
-from slim_core.weights.checkpoint import CheckpointFile, checkpoint_name, load_training, save_checkpoint
+from slim_core.weights.checkpoint import checkpoint_name, load_training, save_checkpoint
+from slim_core.weights.files import CheckpointFile
 from slim_core.weights.lora import add_adapters
 
 CHECKPOINT_SECONDS = 300.0

@@ -16,7 +16,7 @@ from typing import Any
 from slim_core.config import ModelConfig
 from slim_core.weights.header import DTYPE_BYTES, Header, HeaderError, StoredTensor, loads, read_header
 from slim_core.weights.layout import Layout, layout_of, model_config
-from slim_core.weights.tables import FileTensor, is_ignored, short_name, tensor_table, twin_of_tied_embeddings
+from slim_core.weights.tables import TIED, FileTensor, is_ignored, short_name, tensor_table
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -85,7 +85,12 @@ def check_folder(folder: Path) -> FolderSummary:
     """
     data = read_json(folder / "config.json")
     config, layout = _config(data), layout_of(data)
-    located = locate(folder, layout, config)
+    stored = _stored(folder)
+    if 2 * config.num_layers > len(stored):  # before a table of as many layers as a stranger's file says
+        raise ModelFolderError(
+            [f"config.json: {config.num_layers} layers, but the files have only {len(stored)} tensors"]
+        )
+    located = _locate(stored, folder, layout, tensor_table(layout, config), tied=config.tied_embeddings)
     dtypes = Counter(entry.stored.dtype for entry in located.values())
     return FolderSummary(
         config=config,
@@ -96,33 +101,12 @@ def check_folder(folder: Path) -> FolderSummary:
     )
 
 
-def locate(folder: Path, layout: Layout, config: ModelConfig) -> dict[str, Located]:
-    """Where each tensor of the table is, by short name. Raises ModelFolderError unless all are there, as they have to
-    be, and nothing else is."""
-    found, problems = _stored(folder)
-    if problems:
-        raise ModelFolderError(problems)
-    if 2 * config.num_layers > len(found):  # before a table of as many layers as a stranger's file says
-        raise ModelFolderError(
-            [f"config.json: {config.num_layers} layers, but the files have only {len(found)} tensors"]
-        )
-    table = tensor_table(layout, config)
-    located: dict[str, Located] = {}
-    twins = twin_of_tied_embeddings(layout, config)
-    for name, entry in found.items():
-        short = short_name(layout, name)
-        if short in located:
-            problems.append(f"{entry.path.name}: {name!r} is there twice, with and without its prefix")
-        elif short in table or (twins and short == twins[0]):
-            located[short] = entry
-        elif not is_ignored(layout, short):
-            problems.append(f"{entry.path.name}: unknown tensor {name!r}")
-    problems += _mismatches(folder, table, located)
-    if twins and (twin := located.pop(twins[0], None)) and twins[1] in located:
-        problems += _difference(twin, located[twins[1]])
-    if problems:
-        raise ModelFolderError(problems)
-    return located
+def locate(folder: Path, layout: Layout, table: dict[str, FileTensor], *, tied: bool) -> dict[str, Located]:
+    """Where each tensor of the table is, by short name.
+
+    Raises ModelFolderError unless all are there as they have to be, and nothing else is.
+    """
+    return _locate(_stored(folder), folder, layout, table, tied=tied)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -159,8 +143,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def _stored(folder: Path) -> tuple[dict[str, Located], list[str]]:
-    """Every tensor in the files by its name there, and what is wrong with the files."""
+def _stored(folder: Path) -> dict[str, Located]:
+    """Every tensor in the files by its name there."""
     found: dict[str, Located] = {}
     problems: list[str] = []
     paths = weight_files(folder)
@@ -179,7 +163,31 @@ def _stored(folder: Path) -> tuple[dict[str, Located], list[str]]:
             found[name] = Located(path, stored)
     if not problems and paths[0].name != WEIGHTS:
         problems += _index_errors(_weight_map(folder), found)
-    return found, problems
+    if problems:
+        raise ModelFolderError(problems)
+    return found
+
+
+def _locate(
+    found: dict[str, Located], folder: Path, layout: Layout, table: dict[str, FileTensor], *, tied: bool
+) -> dict[str, Located]:
+    problems: list[str] = []
+    located: dict[str, Located] = {}
+    twins = TIED.get(layout) if tied else None
+    for name, entry in found.items():
+        short = short_name(layout, name)
+        if short in located:
+            problems.append(f"{entry.path.name}: {name!r} is there twice, with and without its prefix")
+        elif short in table or (twins and short == twins[0]):
+            located[short] = entry
+        elif not is_ignored(layout, short):
+            problems.append(f"{entry.path.name}: unknown tensor {name!r}")
+    problems += _mismatches(folder, table, located)
+    if twins and (twin := located.pop(twins[0], None)) and twins[1] in located:
+        problems += _difference(twin, located[twins[1]])
+    if problems:
+        raise ModelFolderError(problems)
+    return located
 
 
 def _index_errors(weight_map: dict[str, str], found: dict[str, Located]) -> Iterator[str]:

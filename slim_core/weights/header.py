@@ -1,4 +1,4 @@
-"""The header of a safetensors file from a stranger: read with limits, checked against the file, free of torch.
+"""The header of a safetensors file. A stranger's is read with limits and checked against the file. Free of torch.
 
 Source: https://github.com/huggingface/safetensors#format. Eight bytes of length, little-endian; a JSON object from
 names to dtype, shape and offsets behind the header; the tensors, one after the other without holes.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 MAX_HEADER_BYTES = 8 << 20
 """About 60,000 tensors."""
 _MAX_DIMENSIONS = 8
+_WRITTEN_ORDER = ("I64", "F64", "F32", "BF16", "F16")
+"""Of safetensors' own writer: the widest first, so that every tensor is aligned."""
 DTYPE_BYTES = {
     "F64": 8,
     "F32": 4,
@@ -75,6 +78,22 @@ def read_header(path: Path) -> Header:
     if end != size:
         raise HeaderError(f"{size} bytes long, but its tensors end at {end}")
     return {tensor.name: tensor for tensor in tensors}
+
+
+def header_bytes(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> tuple[list[str], bytes]:
+    """What a file of these tensors, {name: (dtype, shape)}, begins with, and the order in which they follow."""
+    names = sorted(tensors, key=lambda name: (_WRITTEN_ORDER.index(tensors[name][0]), name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in names:
+        dtype, shape = tensors[name]
+        start, end = end, end + math.prod(shape) * DTYPE_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return names, len(text).to_bytes(8, "little") + text
 
 
 def loads(text: bytes) -> dict[str, Any]:

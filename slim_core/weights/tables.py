@@ -16,6 +16,11 @@ from slim_core.weights.layout import Layout
 PREFIXES: dict[Layout, str] = {"slimtune": "", "llama": "model.", "gpt2": "transformer."}
 """What stands before the names of all tensors but the head's; files of the bare model lack it."""
 _UNPREFIXED = frozenset({"lm_head.weight"})
+TIED: dict[Layout, tuple[str, str]] = {
+    "llama": ("lm_head.weight", "embed_tokens.weight"),
+    "gpt2": ("lm_head.weight", "wte.weight"),
+}
+"""Short names of head and embeddings: a file may have both though they are tied, if they are equal."""
 _IGNORED = re.compile(r"h\.\d+\.attn\.(masked_)?bias|(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 """Constants that older files have among their weights: GPT-2's causal mask, the frequencies of rotary positions."""
 
@@ -64,13 +69,6 @@ def short_name(layout: Layout, name: str) -> str:
 def is_ignored(layout: Layout, short: str) -> bool:
     """Whether a tensor of this short name is a constant that the model has without it."""
     return layout != "slimtune" and _IGNORED.fullmatch(short) is not None
-
-
-def twin_of_tied_embeddings(layout: Layout, config: ModelConfig) -> tuple[str, str] | None:
-    """Short names of the head and the embeddings, where a file may have both though they are one."""
-    if not config.tied_embeddings or layout == "slimtune":
-        return None
-    return "lm_head.weight", "embed_tokens.weight" if layout == "llama" else "wte.weight"
 
 
 def _tensor(layout: Layout, name: str, shape: tuple[int, ...], *parts: Rows, transposed: bool = False) -> FileTensor:
