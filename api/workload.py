@@ -23,7 +23,7 @@ from slim_core.config import (
     TrainConfig,
 )
 from slim_core.planning import Calibration, Chunking, Plan, Workload, default_calibration, plan_with_lessons
-from slim_core.planning.memory_model import check_adapters
+from slim_core.planning.shapes import check_adapters
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,153 @@
+"""What a chunk's graph holds, position by position: what autograd saves for backward, and what backward adds to it.
+
+Whoever changes a layer in `slim_core.layers` or `slim_core.model` changes its term here. Terms are bytes per position
+of a chunk (micro-batch b, chunk length C: b * C positions).
+
+Symbols: D model width, H heads, G heads of keys and values, K head width, M features per head, F MLP width, L = 64
+block.
+"""
+
+from __future__ import annotations
+
+from slim_core.config import ModelConfig, TrainConfig
+from slim_core.planning.shapes import is_trained
+
+HALF = 2
+FLOAT = 4
+INT64 = 8
+
+Site = tuple[int, int]
+"""Tensors of one width: how many, and bytes per position of each."""
+
+_OF_ATTENTION = ("query", "key_value", "output")
+_OF_MLP = ("mlp_in", "mlp_out")
+
+
+def saved_sites(model: ModelConfig, train: TrainConfig) -> list[Site]:
+    """What autograd saves of a chunk between forward and backward of the layers. The input of a matrix product is saved
+    for the gradient of its weights, where they are trained."""
+    d, number = model.model_width, number_bytes(train)
+    attention, mlp = _saved_by_attention(model, train), saved_by_mlp(model, train)
+    sites = [(count * model.num_layers, width) for count, width in (*attention, *mlp)]
+    if train.lora is not None:  # below the first adapter nothing has a gradient but the states
+        below = _saved_by_norm(model, train) if model.norm == "pre" else []
+        if not is_trained(train, *_OF_ATTENTION):
+            below += _saved_by_feature_map(model, number)
+        sites += [(-count, width) for count, width in below]
+    sites.append((1, INT64))  # tokens
+    if train.dropout and train.lora is None:
+        sites.append((1, d))
+    if model.positions == "rotary":
+        sites.append((1, model.head_width * number))  # cosines and sines, for all layers
+    return sites
+
+
+def saved_in_blocks(model: ModelConfig, train: TrainConfig) -> list[Site]:
+    """The same for what lies in blocks of positions, the last one of a chunk padded."""
+    number = number_bytes(train)
+    layer = [
+        (2, model.num_heads * model.features_per_head * number),  # g(q), g(k)
+        (2, model.model_width * number),  # v and the output
+        (1, model.num_heads * FLOAT),  # the normaliser
+    ]
+    return [(count * model.num_layers, width) for count, width in layer]
+
+
+def _saved_by_norm(model: ModelConfig, train: TrainConfig) -> list[Site]:
+    """Input, mean and scale; RMS norms have no mean."""
+    return [(1, model.model_width * number_bytes(train)), (1 if model.norm_type == "rms" else 2, FLOAT)]
+
+
+def _saved_by_attention(model: ModelConfig, train: TrainConfig) -> list[Site]:
+    """Of one layer, with the norm and the residual sum, but not in blocks."""
+    d, number = model.model_width, number_bytes(train)
+    rearranged = model.output_projection and is_trained(train, "output")
+    return [
+        *_saved_by_norm(model, train),
+        # Inputs of queries, keys and values, and of the projection.
+        (is_trained(train, "query", "key_value") + rearranged, d * number),
+        *_saved_by_feature_map(model, number),
+        *_saved_by_adapters(train, _OF_ATTENTION),
+        *([(1, d)] if train.dropout else []),  # a mask of one byte
+    ]
+
+
+def saved_by_mlp(model: ModelConfig, train: TrainConfig) -> list[Site]:
+    """Of one layer, with the norm and the residual sum."""
+    d, number = model.model_width, number_bytes(train)
+    f = model.mlp_width * number
+    # Before and after the activation function; SwiGLU also saves the gate's, before its product with the other.
+    product = (int(is_trained(train, "mlp_out")), f)
+    activation = [(1, 2 * f), (1, f), product] if model.activation == "swiglu" else [(1, f), product]
+    return [
+        *_saved_by_norm(model, train),
+        (int(is_trained(train, "mlp_in")), d * number),
+        *activation,
+        *_saved_by_adapters(train, _OF_MLP),
+        *([(1, d)] if train.dropout else []),
+    ]
+
+
+def _saved_by_adapters(train: TrainConfig, layers: tuple[str, ...]) -> list[Site]:
+    """What lies between their two matrices."""
+    if train.lora is None:
+        return []
+    return [(len(set(layers) & set(train.lora.targets)), train.lora.rank * number_bytes(train))]
+
+
+def head_sites(model: ModelConfig, train: TrainConfig) -> list[Site]:
+    """What the head holds beside its logits: its input, and the gradient of it, which is made with the loss."""
+    number, d = number_bytes(train), model.model_width
+    final_norm = _saved_by_norm(model, train) if model.norm == "pre" else []
+    return [(2, d * number), (1, INT64), *final_norm]
+
+
+def number_bytes(train: TrainConfig) -> int:
+    """Of an activation."""
+    return FLOAT if train.precision == "float32" else HALF
+
+
+def _saved_by_feature_map(model: ModelConfig, number: int) -> list[Site]:
+    """Of queries, and of keys before they are repeated for the query heads that share them."""
+    sites = []
+    for heads in (model.num_heads, model.kv_heads):
+        width = heads * model.head_width
+        match model.feature_map:
+            case "squared" | "relu" | "elu1":
+                sites.append((1, width * number))  # its input, or relu's result
+            case _:  # scaled input and exponential, in float32; one that was registered is taken to save as much
+                sites += [(1, width * FLOAT), (1, heads * (model.features_per_head + 1) * FLOAT)]
+    return sites
+
+
+def mlp_sites(model: ModelConfig, train: TrainConfig) -> tuple[list[Site], list[Site]]:
+    """What backward holds beside the saved tensors in the last layer's MLP: before its activation function, and in
+    it."""
+    number = number_bytes(train)
+    f = model.mlp_width * number
+    # The gradient of the residual stream, and that of the branch where it is another tensor.
+    streams = (2 if train.dropout or model.norm == "branch" else 1, model.model_width * number)
+    product = int(is_trained(train, "mlp_out"))  # saved, and gone when the activation function has its turn
+    with_adapter = train.lora is not None and product  # the gradient through the adapter and the one past it
+    return (
+        [streams, (2 if with_adapter else 1, f)],
+        [streams, ((3 if model.activation == "swiglu" else 2) - product, f)],
+    )
+
+
+def attention_sites(model: ModelConfig, train: TrainConfig, block: int) -> list[Site]:
+    """What backward holds in the last layer's attention, beside what is saved but for the MLP's."""
+    number = number_bytes(train)
+    d, h, m = model.model_width, model.num_heads, model.features_per_head
+    block_states = h * m * model.head_width // block
+    sites = [
+        (2, d * number),  # gradients of the residual stream and of attention's output
+        (1, d * FLOAT),  # of the numerator
+        (1, h * FLOAT),  # of the normaliser
+        (2, h * m * FLOAT),  # of g(q) and g(k)
+        # States of the blocks, before them and what they add; or the gradient of v and the blocks' scores.
+        (1, max(2 * block_states, d + h * block) * FLOAT),
+    ]
+    if number != FLOAT:
+        sites += [(2, h * m * FLOAT), (1, d * FLOAT)]  # g(q), g(k) and v once more, in float32
+    return sites
