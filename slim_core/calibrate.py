@@ -24,9 +24,10 @@ from slim_core.layers.dropout import Dropout
 from slim_core.layers.features import make_feature_map
 from slim_core.layers.head import block_loss, embed
 from slim_core.layers.linear import gradients_in_place, linear
+from slim_core.layers.norm import LayerNorm
 from slim_core.layers.performer import STATE_DTYPE, causal_linear_attention
 from slim_core.memory import make_meter, pick_device, private_bytes
-from slim_core.model import LanguageModel, LayerNorm, swiglu
+from slim_core.model import LanguageModel, swiglu
 from slim_core.optim import make_optimizer
 from slim_core.planning import Calibration, Workload
 from slim_core.planning.costs import PRODUCT_ROWS, PRODUCT_WIDTHS, SIZES, Costs, Overheads, Passes, Table, Update

@@ -247,9 +247,15 @@ class PerformerAttention(Attention):
         return features
 
     def _keys_and_values(self, x: Tensor, place: Place) -> tuple[Tensor, Tensor]:
-        k, v = split_heads(self.key_value(x), self.config.num_heads, parts=2)
+        k, v = split_heads(self.key_value(x), self.config.kv_heads, parts=2)
+        features = self.features(place.rotated(k.contiguous()), is_query=False)
         # A copy of v: a view would keep keys and values as they came from the product, twice as much, until backward.
-        return self.features(place.rotated(k.contiguous()), is_query=False), v.contiguous()
+        return self._for_each_query_head(features), self._for_each_query_head(v.contiguous())
+
+    def _for_each_query_head(self, x: Tensor) -> Tensor:
+        """(B, G, C, X) -> (B, H, C, X): a head of keys and values again for each of its query heads."""
+        shared = self.config.num_heads // self.config.kv_heads
+        return x if shared == 1 else x.repeat_interleave(shared, 1)
 
     def exit_state(self, x: Tensor, entry: Tensor, place: Place) -> Tensor:
         """State after the chunk x, (B, C, D), without its outputs: keys and values only."""
