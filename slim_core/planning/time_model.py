@@ -23,10 +23,9 @@ from slim_core.planning.memory_model import (
     Schedule,
     default_stride,
     head_block_rows,
-    layer_matrices,
-    num_trained,
 )
 from slim_core.planning.plan import Calibration, Workload
+from slim_core.planning.shapes import layer_matrices, num_trained, num_trained_tensors
 
 _BACKWARD = 2
 """Cost of backward in forwards: a product for each of its two operands."""
@@ -237,16 +236,7 @@ def _update_seconds(model: ModelConfig, train: TrainConfig, calibration: Calibra
     """Clipping, the optimiser and zeroing of the gradient (`slim_core.train`)."""
     update: Update = getattr(calibration, train.optimizer.name)
     numbers = num_trained(model, train)
-    return update.per_step + update.per_tensor * _num_tensors(model, train) + update.per_number * numbers
-
-
-def _num_tensors(model: ModelConfig, train: TrainConfig) -> int:
-    """Parameters that are trained."""
-    if train.lora is not None:
-        return 2 * model.num_layers * len(train.lora.targets)
-    layer = len(layer_matrices(model)) + 6 + 2 * model.attention_bias  # two norms, biases of the MLP
-    ends = 1 + (not model.tied_embeddings) + (model.max_positions is not None) + 2 * (model.norm == "pre")
-    return model.num_layers * layer + ends
+    return update.per_step + update.per_tensor * num_trained_tensors(model, train) + update.per_number * numbers
 
 
 def step_flops(model: ModelConfig, tokens: int, num_chunks: int, lora: LoraConfig | None = None) -> float:

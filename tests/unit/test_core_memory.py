@@ -19,17 +19,9 @@ from slim_core.memory import is_out_of_memory
 from slim_core.model import LanguageModel
 from slim_core.optim import make_optimizer, optimizer_tensors
 from slim_core.planning import Chunking, Workload, default_calibration, plan_job
-from slim_core.planning.memory_model import (
-    DOUBLE,
-    FLOAT,
-    num_frozen,
-    num_trained,
-    optimizer_bytes,
-    saved_in_blocks,
-    saved_sites,
-    state_bytes,
-    update_bytes,
-)
+from slim_core.planning.memory_model import DOUBLE, optimizer_bytes, state_bytes, update_bytes
+from slim_core.planning.shapes import num_frozen, num_trained
+from slim_core.planning.sites import FLOAT, saved_in_blocks, saved_sites
 from slim_core.tensor_heap import library_path
 from slim_core.weights.lora import add_adapters
 from tests.unit.core_support import small_config, write_text

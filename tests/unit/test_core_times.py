@@ -32,7 +32,8 @@ from slim_core.planning.costs import (
 )
 from slim_core.planning.memory_model import Schedule
 from slim_core.planning.plan import StatePolicy
-from slim_core.planning.time_model import _num_tensors, step_seconds
+from slim_core.planning.shapes import num_trained_tensors
+from slim_core.planning.time_model import step_seconds
 from slim_core.step import slim_step
 from slim_core.weights.lora import add_adapters
 from worker.environment import trainer_environment
@@ -87,7 +88,7 @@ def test_every_trained_tensor_is_updated(model: ModelConfig, lora: LoraConfig | 
         add_adapters(built, lora, seed=0)
     groups = make_optimizer(built, OptimizerConfig()).param_groups
     train = TrainConfig(sequence_length=8, batch_size=1, steps=1, lora=lora)
-    assert _num_tensors(model, train) == sum(len(group["params"]) for group in groups)
+    assert num_trained_tensors(model, train) == sum(len(group["params"]) for group in groups)
 
 
 def _workloads() -> list[tuple[ModelConfig, dict[str, Any]]]:
