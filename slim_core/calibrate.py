@@ -24,10 +24,10 @@ from slim_core.layers.dropout import Dropout
 from slim_core.layers.features import make_feature_map
 from slim_core.layers.head import block_loss, embed
 from slim_core.layers.linear import gradients_in_place, linear
-from slim_core.layers.norm import LayerNorm
+from slim_core.layers.norm import LayerNorm, RmsNorm
 from slim_core.layers.performer import STATE_DTYPE, causal_linear_attention
 from slim_core.memory import make_meter, pick_device, private_bytes
-from slim_core.model import LanguageModel, swiglu
+from slim_core.model import LanguageModel, gelu_tanh, swiglu
 from slim_core.optim import make_optimizer
 from slim_core.planning import Calibration, Workload
 from slim_core.planning.costs import PRODUCT_ROWS, PRODUCT_WIDTHS, SIZES, Costs, Overheads, Passes, Table, Update
@@ -125,7 +125,7 @@ class _Bench:
         """All of them, in isolation; `in_step` is 1."""
         device, dtype = self._device, self._dtype
         products, weight_gradients = self._products()
-        norm = LayerNorm(_WIDTH, device=device)
+        norm, rms_norm = LayerNorm(_WIDTH, device=device), RmsNorm(_WIDTH, _EPSILON).to(device)
         dropout = Dropout(rate=0.1, seed=0, step=0, first_row=0)
         maps = {name: self._feature_map(name) for name in ("squared", "relu", "elu1", "favor")}
         return Costs(
@@ -134,6 +134,7 @@ class _Bench:
             adapter_8=self._adapter(rank=8),
             adapter_32=self._adapter(rank=32),
             norm=self._curves(norm, self._rows),
+            rms_norm=self._curves(rms_norm, self._rows),
             add=self._curves(torch.add, lambda n: [*self._rows(n), *self._rows(n)], backward=False),
             column_sum=self._curves(lambda x: x.sum((0, 1), dtype=torch.float32), self._rows, backward=False),
             heads=self._curves(
@@ -144,6 +145,7 @@ class _Bench:
             ),
             **maps,
             gelu=self._curves(nn.functional.gelu, self._rows),
+            gelu_tanh=self._curves(gelu_tanh, self._rows),
             swiglu=self._curves(swiglu, lambda n: [torch.cat(2 * self._rows(n), -1)]),
             dropout=self._curves(lambda x: dropout(x, 0, 0, "mlp"), self._blocks),
             embedding=self._embedding(),

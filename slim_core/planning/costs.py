@@ -41,6 +41,7 @@ class Costs(_Json):
     """Two products with matrices of rank 8 and the sum with another layer's result."""
     adapter_32: Passes
     norm: Passes
+    rms_norm: Passes
     add: Passes
     """Sum of two tensors."""
     column_sum: Passes
@@ -53,6 +54,7 @@ class Costs(_Json):
     elu1: Passes
     favor: Passes
     gelu: Passes
+    gelu_tanh: Passes
     swiglu: Passes
     dropout: Passes
     """Masks of whole blocks of 64 positions."""
@@ -117,6 +119,7 @@ def uniform_costs(flops_per_second: float, numbers_per_second: float, call_secon
         adapter_8=passes(4, 8, flops=(32, 64)),
         adapter_32=passes(4, 8, flops=(128, 256)),
         norm=passes(2, 3),
+        rms_norm=passes(3, 5),
         add=passes(1),
         column_sum=passes(1),
         heads=passes(2, 4),
@@ -126,6 +129,7 @@ def uniform_costs(flops_per_second: float, numbers_per_second: float, call_secon
         elu1=passes(3, 3),
         favor=passes(8, 12, flops=(128, 128)),
         gelu=passes(1, 2),
+        gelu_tanh=passes(1, 2),
         swiglu=passes(3, 6),
         dropout=passes(6, 2),
         embedding=passes(1, 2),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from slim_core.config import ModelConfig, TrainConfig
 from slim_core.planning.plan import Calibration, MemoryBreakdown, StatePolicy, Workload
@@ -27,6 +28,7 @@ from slim_core.planning.shapes import (
 from slim_core.planning.sites import (
     FLOAT,
     HALF,
+    INT64,
     Site,
     attention_sites,
     head_sites,
@@ -39,6 +41,7 @@ from slim_core.planning.sites import (
 from slim_core.tensor_heap import THRESHOLD_BYTES
 
 DOUBLE = 8
+INT32 = 4
 BLOCK = 64
 """Of `slim_core.layers.performer`."""
 
@@ -74,46 +77,62 @@ def predict_peak(workload: Workload, schedule: Schedule, calibration: Calibratio
     """Bytes of the trainer process at its peak: the largest of what the head and the last layer's MLP and attention
     hold while a chunk's graph is whole, the update of the largest matrix, and the writing of a checkpoint."""
     model, train = workload.model, workload.train
-    if model.attention != "performer":
-        raise ValueError(f"attention: there is no memory model of {model.attention} attention yet")
+    if model.attention == "gated":
+        raise ValueError("attention: there is no memory model of gated attention yet")
     chunk_length = min(schedule.chunk_length, train.sequence_length)
     num_chunks = math.ceil(train.sequence_length / chunk_length)
     batch = schedule.micro_batch_size
-    positions = batch * chunk_length
     block = min(BLOCK, chunk_length)
-    padded = batch * math.ceil(chunk_length / block) * block
-
-    in_rows, in_blocks = saved_sites(model, train), saved_in_blocks(model, train)
-    saved = _bytes(in_rows, positions) + _bytes(in_blocks, padded)
-    holes = int(_HOLES * (_small_bytes(in_rows, positions) + _small_bytes(in_blocks, padded)))
-    rows = min(positions, head_block_rows(model.vocab_size))
-    logits = _head_bytes(model, train, rows, calibration.threads)
-    at_head = _bytes(head_sites(model, train), positions) + logits
-    in_attention = _bytes(attention_sites(model, train, block), padded) - _bytes(saved_by_mlp(model, train), positions)
-    into_mlp, in_activation = (_bytes(sites, positions) for sites in mlp_sites(model, train))
-    # Of SwiGLU the wider product is the one of the forward pass, when hardly less is saved.
-    into_mlp += product_bytes(positions, model.model_width, model.mlp_in_width, calibration.threads)
-    in_layer = max(in_attention, into_mlp, in_activation)
+    chunk = _Chunk(batch * chunk_length, batch * math.ceil(chunk_length / block) * block, block)
+    saved, holes = _saved_bytes(model, train, chunk)
+    logits = _head_bytes(model, train, min(chunk.positions, head_block_rows(model.vocab_size)), calibration.threads)
 
     frozen, trained = num_frozen(model, train), num_trained(model, train)
-    parameters = FLOAT * (frozen + trained + projection_size(model))
-    gradients = FLOAT * trained
-    optimizer = optimizer_bytes(model, train)
-    states = state_bytes(model, schedule.state_policy, num_chunks, batch)
+    states = state_bytes(model, train, schedule.state_policy, num_chunks, batch)
+    tokens, before_tokens = _token_bytes(train, batch)
+    at_head = _bytes(head_sites(model, train), chunk.positions) + logits
+    in_layer = _layer_bytes(model, train, chunk, calibration.threads)
     in_backward = saved + max(at_head, in_layer) + _cast_bytes(model, train)
-    workspace = max(in_backward, max(update_bytes(model, train), _SAVING_BYTES) - states) - saved - logits
-    workspace += _token_bytes(train.sequence_length, batch) + _kernel_bytes(model, train)
+    outside = max(update_bytes(model, train), _SAVING_BYTES, before_tokens) - states
+    workspace = max(in_backward, outside) - saved - logits + tokens + _kernel_bytes(model, train)
     return MemoryBreakdown(
         runtime=calibration.runtime_bytes,
-        parameters=parameters,
-        gradients=gradients,
-        optimizer=optimizer,
+        parameters=FLOAT * (frozen + trained + projection_size(model)),
+        gradients=FLOAT * trained,
+        optimizer=optimizer_bytes(model, train),
         states=states,
         activations=saved,
         logits=logits,
         workspace=workspace,
         safety=_SAFETY_BYTES + holes + int(_SAFETY_FRACTION * (states + saved + logits + workspace)),
     )
+
+
+class _Chunk(NamedTuple):
+    """Of a micro-batch."""
+
+    positions: int
+    padded: int
+    """The same in whole blocks."""
+    block: int
+    """Positions of one."""
+
+
+def _saved_bytes(model: ModelConfig, train: TrainConfig, chunk: _Chunk) -> tuple[int, int]:
+    """What autograd saves, and the holes between what is small of it."""
+    in_rows, in_blocks = saved_sites(model, train), saved_in_blocks(model, train)
+    saved = _bytes(in_rows, chunk.positions) + _bytes(in_blocks, chunk.padded)
+    return saved, int(_HOLES * (_small_bytes(in_rows, chunk.positions) + _small_bytes(in_blocks, chunk.padded)))
+
+
+def _layer_bytes(model: ModelConfig, train: TrainConfig, chunk: _Chunk, threads: int) -> int:
+    """What backward of the last layer holds beside what is saved."""
+    in_attention = _bytes(attention_sites(model, train, chunk.block), chunk.padded)
+    in_attention -= _bytes(saved_by_mlp(model, train), chunk.positions)
+    into_mlp, in_activation = (_bytes(sites, chunk.positions) for sites in mlp_sites(model, train))
+    # Of SwiGLU the wider product is the one of the forward pass, when hardly less is saved.
+    into_mlp += product_bytes(chunk.positions, model.model_width, model.mlp_in_width, threads)
+    return max(in_attention, into_mlp, in_activation)
 
 
 def head_block_rows(vocab_size: int) -> int:
@@ -188,9 +207,10 @@ def _small_bytes(sites: list[Site], positions: int) -> int:
     return max(0, _bytes([(count, width) for count, width in sites if positions * width < THRESHOLD_BYTES], positions))
 
 
-def state_bytes(model: ModelConfig, policy: StatePolicy, num_chunks: int, batch: int) -> int:
+def state_bytes(model: ModelConfig, train: TrainConfig, policy: StatePolicy, num_chunks: int, batch: int) -> int:
     """Attention states between chunks: those at a chunk's entry and exit and the gradients at its exit, of one layer
-    also the gradient at its entry and one on the way; and what the policy keeps."""
+    also the gradient at its entry and one on the way; and what the policy keeps. Where documents begin, and with packed
+    ones that may be in every chunk, `reverse` keeps the sets before them."""
     layer = batch * model.state_size
     state = model.num_layers * layer
     if num_chunks == 1:
@@ -200,7 +220,7 @@ def state_bytes(model: ModelConfig, policy: StatePolicy, num_chunks: int, batch:
         case "keep":
             kept = FLOAT * (num_chunks - 1)
         case "reverse":
-            kept = DOUBLE  # the initial ones
+            kept = DOUBLE * (num_chunks - 1 if train.packing == "packed" else 1)  # the initial ones at least
         case "stride":
             stride = default_stride(num_chunks)
             kept = FLOAT * math.ceil(num_chunks / stride) + DOUBLE * stride
@@ -212,6 +232,14 @@ def default_stride(num_chunks: int) -> int:
     return max(1, math.isqrt(num_chunks))
 
 
-def _token_bytes(sequence_length: int, batch: int) -> int:
-    """The micro-batch's token ids: the only thing that grows with the sequence."""
-    return batch * (sequence_length + 1) * FLOAT
+def _token_bytes(train: TrainConfig, batch: int) -> tuple[int, int]:
+    """The micro-batch's tokens and targets, and where its documents begin and how far each position is from that; and
+    what else exists while these distances are summed up."""
+    positions = batch * (train.sequence_length + 1)
+    match train.packing:
+        case "continuous":
+            return positions * INT32, 0  # two views of the same tokens
+        case "single":
+            return positions * 2 * INT32, 0
+        case "packed":
+            return positions * (3 * INT32 + 1), positions * (INT32 + INT64)

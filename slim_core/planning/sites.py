@@ -31,8 +31,8 @@ def saved_sites(model: ModelConfig, train: TrainConfig) -> list[Site]:
     sites = [(count * model.num_layers, width) for count, width in (*attention, *mlp)]
     if train.lora is not None:  # below the first adapter nothing has a gradient but the states
         below = _saved_by_norm(model, train) if model.norm == "pre" else []
-        if not is_trained(train, *_OF_ATTENTION):
-            below += _saved_by_feature_map(model, number)
+        for layer, heads in (("query", model.num_heads), ("key_value", model.kv_heads)):
+            below += [] if is_trained(train, layer) else _saved_by_feature_map(model, heads, number)
         sites += [(-count, width) for count, width in below]
     sites.append((1, INT64))  # tokens
     if train.dropout and train.lora is None:
@@ -66,7 +66,8 @@ def _saved_by_attention(model: ModelConfig, train: TrainConfig) -> list[Site]:
         *_saved_by_norm(model, train),
         # Inputs of queries, keys and values, and of the projection.
         (is_trained(train, "query", "key_value") + rearranged, d * number),
-        *_saved_by_feature_map(model, number),
+        *_saved_by_feature_map(model, model.num_heads, number),
+        *_saved_by_feature_map(model, model.kv_heads, number),
         *_saved_by_adapters(train, _OF_ATTENTION),
         *([(1, d)] if train.dropout else []),  # a mask of one byte
     ]
@@ -107,17 +108,14 @@ def number_bytes(train: TrainConfig) -> int:
     return FLOAT if train.precision == "float32" else HALF
 
 
-def _saved_by_feature_map(model: ModelConfig, number: int) -> list[Site]:
-    """Of queries, and of keys before they are repeated for the query heads that share them."""
-    sites = []
-    for heads in (model.num_heads, model.kv_heads):
-        width = heads * model.head_width
-        match model.feature_map:
-            case "squared" | "relu" | "elu1":
-                sites.append((1, width * number))  # its input, or relu's result
-            case _:  # scaled input and exponential, in float32; one that was registered is taken to save as much
-                sites += [(1, width * FLOAT), (1, heads * (model.features_per_head + 1) * FLOAT)]
-    return sites
+def _saved_by_feature_map(model: ModelConfig, heads: int, number: int) -> list[Site]:
+    """Of queries; or of keys, before they are repeated for the query heads that share them."""
+    width = heads * model.head_width
+    match model.feature_map:
+        case "squared" | "relu" | "elu1":
+            return [(1, width * number)]  # its input, or relu's result
+        case _:  # scaled input and exponential, in float32; one that was registered is taken to save as much
+            return [(1, width * FLOAT), (1, heads * (model.features_per_head + 1) * FLOAT)]
 
 
 def mlp_sites(model: ModelConfig, train: TrainConfig) -> tuple[list[Site], list[Site]]:
@@ -140,13 +138,18 @@ def attention_sites(model: ModelConfig, train: TrainConfig, block: int) -> list[
     number = number_bytes(train)
     d, h, m = model.model_width, model.num_heads, model.features_per_head
     block_states = h * m * model.head_width // block
+    # States of the blocks, before them and what they add; or the gradient of v and the blocks' scores.
+    in_blocks = max(2 * block_states, d + h * block) * FLOAT
+    if train.packing == "packed":
+        # Features that no border cuts off, beside both; or the terms of a gradient of features apart, beside one. And
+        # which positions of a block belong together.
+        in_blocks = max(in_blocks, max(2 * block_states + h * m, block_states + 3 * h * m) * FLOAT) + block
     sites = [
         (2, d * number),  # gradients of the residual stream and of attention's output
         (1, d * FLOAT),  # of the numerator
         (1, h * FLOAT),  # of the normaliser
         (2, h * m * FLOAT),  # of g(q) and g(k)
-        # States of the blocks, before them and what they add; or the gradient of v and the blocks' scores.
-        (1, max(2 * block_states, d + h * block) * FLOAT),
+        (1, in_blocks),
     ]
     if number != FLOAT:
         sites += [(2, h * m * FLOAT), (1, d * FLOAT)]  # g(q), g(k) and v once more, in float32

@@ -100,7 +100,8 @@ def step_seconds(workload: Workload, schedule: Schedule, calibration: Calibratio
     forward, backward = _layer_seconds(layer, costs, products, batch * length)
     forward += attention.forward + overheads.layer_forward
     backward += layer.attention_backward * attention.backward + overheads.layer_backward
-    keys_and_values = at_width(products, math.sqrt(2) * model.model_width) + contribution + overheads.layer_forward / 2
+    keys_and_values = at_width(products, math.sqrt(2 * model.kv_width * model.model_width))
+    keys_and_values += contribution + overheads.layer_forward / 2
     mask = _mask_seconds(model, train, costs, batch, length)
     forward += 2 * mask.forward
     backward += 2 * mask.backward
@@ -129,20 +130,26 @@ def _layer_of(model: ModelConfig, train: TrainConfig, chunked: bool) -> _Layer:
     adapted = () if train.lora is None else train.lora.targets
     at_heads = 1.0 if train.lora is None or {"query", "key_value"} & {*adapted} else above
     at_attention = 1.0 if chunked else at_heads
+    at_both = (d + model.kv_width) / 2  # a mean of queries and keys
     sites = [
-        _Site("norm", d, 2, 1 + above),
-        _Site("heads", d, 2, 2 * at_heads),  # q, k, v, and attention's output: two copies each time
-        _Site(model.feature_map, model.num_heads * model.features_per_head, 2, 2 * at_heads),
+        _Site(_norm_of(model), d, 2, 1 + above),
+        _Site("heads", at_both, 2, 2 * at_heads),  # q, k, v, and attention's output: two copies each time
         _Site("add", d, 2, 0),
-        _Site("add", model.mlp_in_width + d, 1, 0),  # biases of the MLP, copied before the product adds to them
         _Site(model.activation, model.mlp_width, 1, 1),
     ]
+    if bias_width := _bias_width(model):
+        sites.append(_Site("add", bias_width, 1, 0))  # copied before the product adds to them
+    if model.attention == "performer":
+        shared = model.num_heads // model.kv_heads
+        features = model.num_heads * model.features_per_head
+        sites.append(_Site(model.feature_map, features * (1 + 1 / shared) / 2, 2, 2 * at_heads))
+        if shared > 1:  # features of keys, and values, repeated for every query head
+            sites.append(_Site("add", features + d, 1, at_heads))
     if model.positions == "rotary":
-        sites.append(_Site("rotary", d, 2, 2 * at_heads))
+        sites.append(_Site("rotary", at_both, 2, 2 * at_heads))
     # Of x twice, and of attention's input from queries, keys and values.
     gradients = [_Gradient("add", d, 3 * above)]
-    if train.lora is None:
-        bias_width = model.mlp_in_width + d + (3 * d if model.attention_bias else 0)
+    if train.lora is None and bias_width:
         gradients.append(_Gradient("column_sum", bias_width, 1))
     products = []
     for name, (outputs, inputs) in layer_matrices(model).items():
@@ -153,6 +160,18 @@ def _layer_of(model: ModelConfig, train: TrainConfig, chunked: bool) -> _Layer:
             width = (outputs + inputs) / 2
             sites += [_Site("adapter_8", width, 1 - share, 1 - share), _Site("adapter_32", width, share, share)]
     return _Layer(tuple(sites), tuple(gradients), tuple(products), at_attention)
+
+
+def _norm_of(model: ModelConfig) -> str:
+    """The name of its primitive in `Costs`."""
+    return "rms_norm" if model.norm_type == "rms" else "norm"
+
+
+def _bias_width(model: ModelConfig) -> int:
+    """All biases of a layer."""
+    d = model.model_width
+    attention = (d + 2 * model.kv_width if model.attention_bias else 0) + (d if model.output_bias else 0)
+    return attention + (model.mlp_in_width + d if model.mlp_bias else 0)
 
 
 def _layer_seconds(layer: _Layer, costs: Costs, products: Curve, rows: float) -> _Seconds:
@@ -209,15 +228,19 @@ def _ends_seconds(model: ModelConfig, train: TrainConfig, costs: Costs, batch: f
     d = model.model_width
     numbers = batch * length * d
     scaled = at_size(costs.add.forward, numbers)
-    forward = at_size(costs.embedding.forward, batch * length * model.embedding_width) + scaled
-    backward = scaled
+    forward = at_size(costs.embedding.forward, batch * length * model.embedding_width)
+    backward = 0.0
+    if model.scaled_embeddings and model.positions != "concatenated":
+        forward += scaled
+        backward += scaled
     positions = {"sinusoidal": d, "concatenated": d // 2, "rotary": model.head_width}.get(model.positions, 0)
     if positions:
         forward += at_size(costs.sinusoids.forward, length * positions) + scaled
     if train.lora is None:
         backward += at_size(costs.embedding.backward, batch * length * model.embedding_width)
     if model.norm == "pre":
-        backward += at_size(costs.norm.forward, numbers) + at_size(costs.norm.backward, numbers)
+        norm: Passes = getattr(costs, _norm_of(model))
+        backward += at_size(norm.forward, numbers) + at_size(norm.backward, numbers)
     return _Seconds(forward, backward)
 
 
@@ -269,7 +292,7 @@ def _forward_flops(model: ModelConfig) -> float:
 
 def _states_flops(model: ModelConfig) -> float:
     """Pass 1: all of every layer but the last, of which keys and values only."""
-    last = 4.0 * model.model_width**2 + _contribution_flops(model)
+    last = 4.0 * model.model_width * model.kv_width + _contribution_flops(model)
     return (model.num_layers - 1) * _layer_flops(model) + last
 
 

@@ -40,6 +40,17 @@ from worker.environment import trainer_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ModelConfig(num_layers=3, model_width=128, num_heads=2, mlp_width=256, vocab_size=500)
+LLAMA = replace(
+    MODEL,
+    num_heads=4,
+    num_kv_heads=2,
+    norm_type="rms",
+    activation="swiglu",
+    mlp_bias=False,
+    positions="rotary",
+    scaled_embeddings=False,
+    tied_embeddings=True,
+)
 FREE_UPDATE = Update(0.0, 0.0, 0.0)
 PRODUCTS_ONLY = replace(
     default_calibration(),
@@ -95,6 +106,7 @@ def _workloads() -> list[tuple[ModelConfig, dict[str, Any]]]:
     """Together they use everything that costs time."""
     models: list[ModelConfig] = [replace(MODEL, feature_map=name) for name in FEATURE_MAPS]
     models += [replace(MODEL, activation="swiglu", positions="rotary"), replace(MODEL, num_heads=4)]
+    models += [LLAMA, replace(MODEL, activation="gelu_tanh", mlp_bias=False)]
     trains: list[dict[str, Any]] = [{}, {"dropout": 0.1, "label_smoothing": 0.1}]
     trains += [{"lora": LoraConfig(rank=rank)} for rank in (8, 32)]
     return [(model, train) for model in models for train in trains]
