@@ -26,12 +26,14 @@ from slim_core.layers.head import block_loss, embed
 from slim_core.layers.linear import gradients_in_place, linear
 from slim_core.layers.norm import LayerNorm, RmsNorm
 from slim_core.layers.performer import STATE_DTYPE, causal_linear_attention
+from slim_core.layers.softmax import prefix_attention
 from slim_core.memory import make_meter, pick_device, private_bytes
 from slim_core.model import LanguageModel, gelu_tanh, swiglu
 from slim_core.optim import make_optimizer
 from slim_core.planning import Calibration, Workload
 from slim_core.planning.costs import PRODUCT_ROWS, PRODUCT_WIDTHS, SIZES, Costs, Overheads, Passes, Table, Update
 from slim_core.planning.memory_model import Schedule
+from slim_core.planning.sites import MOST_SCORE_KEYS, SCORE_QUERIES, score_block
 from slim_core.planning.time_model import step_seconds
 from slim_core.step import slim_step
 from slim_core.tensor_heap import tensor_heap
@@ -51,6 +53,8 @@ _REPETITIONS = 4
 _LONG_SECONDS = 0.03
 """A measurement that has taken this long has fewer repetitions."""
 _EPSILON = 1e-6
+_BLOCKS = 4
+"""Of scores, in the chunks whose softmax attention is measured."""
 
 
 def warm_up(device: torch.device) -> None:
@@ -151,6 +155,8 @@ class _Bench:
             embedding=self._embedding(),
             attention_32=self._attention(head_width=32),
             attention_64=self._attention(head_width=64),
+            softmax_32=self._softmax(head_width=32),
+            softmax_64=self._softmax(head_width=64),
             state=self._state,
             block=self._block(),
             sinusoids=self._curves(
@@ -284,6 +290,28 @@ class _Bench:
             tuple(max(least[0], forward - states * state.forward[0]) for forward, _ in each),
             tuple(max(least[1], backward - states * state.backward[0]) for _, backward in each),
         )
+
+    def _softmax(self, head_width: int) -> Passes:
+        """A block of scores: from chunks that have one block of keys before them, and that have some more."""
+        each = []
+        for size in SIZES:
+            queries = min(SCORE_QUERIES, max(1, size // MOST_SCORE_KEYS))
+            _, keys = score_block(queries)
+            heads = size // (queries * keys)
+            few, many = (self._prefix_seconds(heads, queries, head_width, blocks * keys) for blocks in (1, 1 + _BLOCKS))
+            each.append([max(0.0, more - less) / _BLOCKS for less, more in zip(few, many, strict=True)])
+        return Passes(tuple(forward for forward, _ in each), tuple(backward for _, backward in each))
+
+    def _prefix_seconds(self, heads: int, queries: int, head_width: int, start: int) -> tuple[float, float]:
+        state = self._random(2, 1, heads, start + queries, head_width)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return prefix_attention(q, k, v, state, start)
+
+        def inputs() -> list[Tensor]:
+            return [self._random(1, heads, queries, head_width) for _ in range(3)]
+
+        return self._passes(attend, inputs, _CHAIN_NUMBERS // 8 // (heads * (start + queries)))
 
     @functools.cached_property
     def _state(self) -> Passes:

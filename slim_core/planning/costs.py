@@ -62,6 +62,9 @@ class Costs(_Json):
     attention_32: Passes
     """Causal linear attention of heads of width 32, without what depends on its states."""
     attention_64: Passes
+    softmax_32: Passes
+    """A block of scores of softmax attention with heads of width 32; size is the number of scores."""
+    softmax_64: Passes
     state: Passes
     """One number: seconds per number of a state, between a chunk and the next."""
     block: Passes
@@ -135,6 +138,8 @@ def uniform_costs(flops_per_second: float, numbers_per_second: float, call_secon
         embedding=passes(1, 2),
         attention_32=passes(10, 25, flops=(384, 960)),
         attention_64=passes(10, 25, flops=(512, 1280)),
+        softmax_32=passes(5, 9, flops=(128, 320)),
+        softmax_64=passes(5, 9, flops=(256, 640)),
         state=Passes((4 / numbers_per_second,), (4 / numbers_per_second,)),
         block=Passes((2 * call_seconds,), (4 * call_seconds,)),
         sinusoids=passes(6),

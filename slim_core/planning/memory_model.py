@@ -18,6 +18,7 @@ from typing import NamedTuple
 from slim_core.config import ModelConfig, TrainConfig
 from slim_core.planning.plan import Calibration, MemoryBreakdown, StatePolicy, Workload
 from slim_core.planning.shapes import (
+    is_trained,
     layer_matrices,
     num_frozen,
     num_trained,
@@ -37,6 +38,7 @@ from slim_core.planning.sites import (
     saved_by_mlp,
     saved_in_blocks,
     saved_sites,
+    score_bytes,
 )
 from slim_core.tensor_heap import THRESHOLD_BYTES
 
@@ -83,7 +85,8 @@ def predict_peak(workload: Workload, schedule: Schedule, calibration: Calibratio
     num_chunks = math.ceil(train.sequence_length / chunk_length)
     batch = schedule.micro_batch_size
     block = min(BLOCK, chunk_length)
-    chunk = _Chunk(batch * chunk_length, batch * math.ceil(chunk_length / block) * block, block)
+    padded = batch * math.ceil(chunk_length / block) * block
+    chunk = _Chunk(batch, chunk_length, block, positions=batch * chunk_length, padded=padded)
     saved, holes = _saved_bytes(model, train, chunk)
     logits = _head_bytes(model, train, min(chunk.positions, head_block_rows(model.vocab_size)), calibration.threads)
 
@@ -111,11 +114,13 @@ def predict_peak(workload: Workload, schedule: Schedule, calibration: Calibratio
 class _Chunk(NamedTuple):
     """Of a micro-batch."""
 
+    batch: int
+    length: int
+    block: int
+    """Positions of a block of linear attention."""
     positions: int
     padded: int
     """The same in whole blocks."""
-    block: int
-    """Positions of one."""
 
 
 def _saved_bytes(model: ModelConfig, train: TrainConfig, chunk: _Chunk) -> tuple[int, int]:
@@ -129,6 +134,8 @@ def _layer_bytes(model: ModelConfig, train: TrainConfig, chunk: _Chunk, threads:
     """What backward of the last layer holds beside what is saved."""
     in_attention = _bytes(attention_sites(model, train, chunk.block), chunk.padded)
     in_attention -= _bytes(saved_by_mlp(model, train), chunk.positions)
+    if model.attention == "softmax":
+        in_attention += score_bytes(model, train, chunk.batch, chunk.length)
     into_mlp, in_activation = (_bytes(sites, chunk.positions) for sites in mlp_sites(model, train))
     # Of SwiGLU the wider product is the one of the forward pass, when hardly less is saved.
     into_mlp += product_bytes(chunk.positions, model.model_width, model.mlp_in_width, threads)
@@ -211,6 +218,8 @@ def state_bytes(model: ModelConfig, train: TrainConfig, policy: StatePolicy, num
     """Attention states between chunks: those at a chunk's entry and exit and the gradients at its exit, of one layer
     also the gradient at its entry and one on the way; and what the policy keeps. Where documents begin, and with packed
     ones that may be in every chunk, `reverse` keeps the sets before them."""
+    if policy == "prefix":
+        return _prefix_bytes(model, train, num_chunks, batch)
     layer = batch * model.state_size
     state = model.num_layers * layer
     if num_chunks == 1:
@@ -225,6 +234,15 @@ def state_bytes(model: ModelConfig, train: TrainConfig, policy: StatePolicy, num
             stride = default_stride(num_chunks)
             kept = FLOAT * math.ceil(num_chunks / stride) + DOUBLE * stride
     return between + state * kept
+
+
+def _prefix_bytes(model: ModelConfig, train: TrainConfig, num_chunks: int, batch: int) -> int:
+    """Keys and values of the whole sequence in every layer; and their gradient in float32, which layers have that are
+    not below all adapters. With one chunk that of the last layer alone: those below make theirs when the activations of
+    layers above are gone."""
+    layer = batch * train.sequence_length * 2 * model.kv_width
+    layers = model.num_layers - (not is_trained(train, "key_value"))
+    return layer * (number_bytes(train) * model.num_layers + FLOAT * min(layers, 1 if num_chunks == 1 else layers))
 
 
 def default_stride(num_chunks: int) -> int:

@@ -16,6 +16,9 @@ HALF = 2
 FLOAT = 4
 INT64 = 8
 
+SCORE_QUERIES, SCORE_KEYS, MOST_SCORE_KEYS = 128, 256, 1024
+"""Of `slim_core.layers.softmax`, on a CPU."""
+
 Site = tuple[int, int]
 """Tensors of one width: how many, and bytes per position of each."""
 
@@ -30,20 +33,36 @@ def saved_sites(model: ModelConfig, train: TrainConfig) -> list[Site]:
     attention, mlp = _saved_by_attention(model, train), saved_by_mlp(model, train)
     sites = [(count * model.num_layers, width) for count, width in (*attention, *mlp)]
     if train.lora is not None:  # below the first adapter nothing has a gradient but the states
-        below = _saved_by_norm(model, train) if model.norm == "pre" else []
-        for layer, heads in (("query", model.num_heads), ("key_value", model.kv_heads)):
-            below += [] if is_trained(train, layer) else _saved_by_feature_map(model, heads, number)
-        sites += [(-count, width) for count, width in below]
+        sites += [(-count, width) for count, width in _saved_below(model, train)]
     sites.append((1, INT64))  # tokens
     if train.dropout and train.lora is None:
         sites.append((1, d))
     if model.positions == "rotary":
         sites.append((1, model.head_width * number))  # cosines and sines, for all layers
+    elif model.positions == "learned" and train.lora is None:
+        sites.append((1, INT64))
+    return sites
+
+
+def _saved_below(model: ModelConfig, train: TrainConfig) -> list[Site]:
+    """What the first layer does not save where adapters are all that is trained: below the first of them nothing has a
+    gradient but a performer's states."""
+    sites = _saved_by_norm(model, train) if model.norm == "pre" else []
+    if model.attention == "softmax":
+        if not is_trained(train, "query", "key_value"):
+            sites += _saved_by_softmax(model, train)
+            sites += [(-1, model.model_width * number_bytes(train))] if is_trained(train, "output") else []
+        return sites
+    for layer, heads in (("query", model.num_heads), ("key_value", model.kv_heads)):
+        if not is_trained(train, layer):
+            sites += _saved_by_feature_map(model, heads, number_bytes(train))
     return sites
 
 
 def saved_in_blocks(model: ModelConfig, train: TrainConfig) -> list[Site]:
-    """The same for what lies in blocks of positions, the last one of a chunk padded."""
+    """The same for what lies in blocks of positions, the last one of a chunk padded: what linear attention saves."""
+    if model.attention == "softmax":
+        return []
     number = number_bytes(train)
     layer = [
         (2, model.num_heads * model.features_per_head * number),  # g(q), g(k)
@@ -61,13 +80,19 @@ def _saved_by_norm(model: ModelConfig, train: TrainConfig) -> list[Site]:
 def _saved_by_attention(model: ModelConfig, train: TrainConfig) -> list[Site]:
     """Of one layer, with the norm and the residual sum, but not in blocks."""
     d, number = model.model_width, number_bytes(train)
-    rearranged = model.output_projection and is_trained(train, "output")
+    if model.attention == "softmax":
+        own = _saved_by_softmax(model, train)
+    else:
+        rearranged = model.output_projection and is_trained(train, "output")  # for the projection
+        own = [
+            (int(rearranged), d * number),
+            *_saved_by_feature_map(model, model.num_heads, number),
+            *_saved_by_feature_map(model, model.kv_heads, number),
+        ]
     return [
         *_saved_by_norm(model, train),
-        # Inputs of queries, keys and values, and of the projection.
-        (is_trained(train, "query", "key_value") + rearranged, d * number),
-        *_saved_by_feature_map(model, model.num_heads, number),
-        *_saved_by_feature_map(model, model.kv_heads, number),
+        (int(is_trained(train, "query", "key_value")), d * number),
+        *own,
         *_saved_by_adapters(train, _OF_ATTENTION),
         *([(1, d)] if train.dropout else []),  # a mask of one byte
     ]
@@ -118,6 +143,13 @@ def _saved_by_feature_map(model: ModelConfig, heads: int, number: int) -> list[S
             return [(1, width * FLOAT), (1, heads * (model.features_per_head + 1) * FLOAT)]
 
 
+def _saved_by_softmax(model: ModelConfig, train: TrainConfig) -> list[Site]:
+    """Queries, the result, which is the projection's input as well, and a sum of weights for each head; and where a
+    position's document begins. Keys and values lie in the state."""
+    begins = [(1, INT64)] if train.packing == "packed" else []
+    return [(2, model.model_width * number_bytes(train)), (1, model.num_heads * FLOAT), *begins]
+
+
 def mlp_sites(model: ModelConfig, train: TrainConfig) -> tuple[list[Site], list[Site]]:
     """What backward holds beside the saved tensors in the last layer's MLP: before its activation function, and in
     it."""
@@ -133,10 +165,32 @@ def mlp_sites(model: ModelConfig, train: TrainConfig) -> tuple[list[Site], list[
     )
 
 
+def score_bytes(model: ModelConfig, train: TrainConfig, batch: int, chunk_length: int) -> int:
+    """Of a block of softmax attention, in float32: the weights and their gradient; queries, the gradients of them and
+    of the result; in bfloat16 keys and values once more."""
+    queries, keys = score_block(chunk_length)
+    width = model.head_width
+    numbers = model.num_heads * queries * (2 * keys + 3 * width)
+    if train.precision == "bfloat16":
+        numbers += 2 * model.kv_heads * keys * width
+    hidden = queries * keys * (3 if train.packing == "packed" else 1)  # booleans
+    return batch * (FLOAT * numbers + hidden)
+
+
+def score_block(chunk_length: int) -> tuple[int, int]:
+    """Queries and keys whose scores exist together (`slim_core.layers.softmax`)."""
+    queries = min(chunk_length, SCORE_QUERIES)
+    return queries, max(SCORE_KEYS, min(MOST_SCORE_KEYS, SCORE_QUERIES * SCORE_KEYS // queries))
+
+
 def attention_sites(model: ModelConfig, train: TrainConfig, block: int) -> list[Site]:
     """What backward holds in the last layer's attention, beside what is saved but for the MLP's."""
     number = number_bytes(train)
     d, h, m = model.model_width, model.num_heads, model.features_per_head
+    if model.attention == "softmax":
+        # Gradients of the residual stream, of its branch where that is another tensor, of the result and of queries.
+        # Those of keys and values lie in the gradient of the state.
+        return [(4 if train.dropout or model.norm == "branch" else 3, d * number)]
     block_states = h * m * model.head_width // block
     # States of the blocks, before them and what they add; or the gradient of v and the blocks' scores.
     in_blocks = max(2 * block_states, d + h * block) * FLOAT

@@ -26,6 +26,7 @@ from slim_core.planning.memory_model import (
 )
 from slim_core.planning.plan import Calibration, Workload
 from slim_core.planning.shapes import layer_matrices, num_trained, num_trained_tensors
+from slim_core.planning.sites import score_block
 
 _BACKWARD = 2
 """Cost of backward in forwards: a product for each of its two operands."""
@@ -96,7 +97,7 @@ def step_seconds(workload: Workload, schedule: Schedule, calibration: Calibratio
     products = at_rows(costs.product, batch * length)
 
     layer = _layer_of(model, train, num_chunks > 1)
-    attention, contribution = _attention_seconds(model, costs, batch, length)
+    attention, contribution = _attention_seconds(model, train, costs, batch, length)
     forward, backward = _layer_seconds(layer, costs, products, batch * length)
     forward += attention.forward + overheads.layer_forward
     backward += layer.attention_backward * attention.backward + overheads.layer_backward
@@ -129,17 +130,19 @@ def _layer_of(model: ModelConfig, train: TrainConfig, chunked: bool) -> _Layer:
     above = 1.0 if train.lora is None else (model.num_layers - 1) / model.num_layers
     adapted = () if train.lora is None else train.lora.targets
     at_heads = 1.0 if train.lora is None or {"query", "key_value"} & {*adapted} else above
-    at_attention = 1.0 if chunked else at_heads
+    at_attention = 1.0 if chunked and model.attention == "performer" else at_heads
     at_both = (d + model.kv_width) / 2  # a mean of queries and keys
     sites = [
         _Site(_norm_of(model), d, 2, 1 + above),
-        _Site("heads", at_both, 2, 2 * at_heads),  # q, k, v, and attention's output: two copies each time
         _Site("add", d, 2, 0),
         _Site(model.activation, model.mlp_width, 1, 1),
     ]
     if bias_width := _bias_width(model):
         sites.append(_Site("add", bias_width, 1, 0))  # copied before the product adds to them
-    if model.attention == "performer":
+    if model.attention == "softmax":
+        sites.append(_Site("heads", model.kv_width, 1, at_heads))  # k and v, into the state
+    else:
+        sites.append(_Site("heads", at_both, 2, 2 * at_heads))  # q, k, v, and attention's output: two copies each time
         shared = model.num_heads // model.kv_heads
         features = model.num_heads * model.features_per_head
         sites.append(_Site(model.feature_map, features * (1 + 1 / shared) / 2, 2, 2 * at_heads))
@@ -196,7 +199,40 @@ def _layer_seconds(layer: _Layer, costs: Costs, products: Curve, rows: float) ->
     return _Seconds(forward, backward)
 
 
-def _attention_seconds(model: ModelConfig, costs: Costs, batch: float, length: float) -> tuple[_Seconds, float]:
+def _attention_seconds(
+    model: ModelConfig, train: TrainConfig, costs: Costs, batch: float, length: float
+) -> tuple[_Seconds, float]:
+    """Attention itself, and what a chunk adds to a state alone."""
+    if model.attention == "softmax":
+        return _softmax_seconds(model, train, costs, batch, length), 0.0
+    return _linear_seconds(model, costs, batch, length)
+
+
+def _softmax_seconds(model: ModelConfig, train: TrainConfig, costs: Costs, batch: float, length: float) -> _Seconds:
+    """Of a chunk with as many positions before it as the mean chunk, block by block (`slim_core.layers.softmax`)."""
+    blocks, scores = score_blocks(length, (train.sequence_length - length) / 2)
+    scores *= batch * model.num_heads / blocks
+    # Along a straight line between the two widths measured: what is done with scores, and products with keys and values.
+    share = (model.head_width - _NARROW_HEAD) / (_WIDE_HEAD - _NARROW_HEAD)
+    narrow, wide = costs.softmax_32, costs.softmax_64
+    forward, backward = (
+        max(0.0, (1 - share) * at_size(narrow_curve, scores) + share * at_size(wide_curve, scores))
+        for narrow_curve, wide_curve in ((narrow.forward, wide.forward), (narrow.backward, wide.backward))
+    )
+    return _Seconds(blocks * forward, blocks * backward)
+
+
+def score_blocks(length: float, before: float) -> tuple[float, float]:
+    """How many blocks of scores a chunk has that begins at position `before`, and how many scores of one head are in
+    all of them: for each block of queries one with its own keys, and the keys before them in blocks."""
+    queries, keys = score_block(math.ceil(length))
+    parts = math.ceil(length / queries)
+    mean = length / parts  # queries of a block
+    earlier = before + (length - mean) / 2
+    return parts * (1 + math.ceil(earlier / keys)), length * (mean + earlier)
+
+
+def _linear_seconds(model: ModelConfig, costs: Costs, batch: float, length: float) -> tuple[_Seconds, float]:
     """Attention itself (`slim_core.layers.performer`), and what a chunk adds to a state alone."""
     head, features = model.head_width, model.features_per_head
     narrow = head < math.sqrt(_NARROW_HEAD * _WIDE_HEAD)
@@ -263,7 +299,8 @@ def _update_seconds(model: ModelConfig, train: TrainConfig, calibration: Calibra
 
 
 def step_flops(model: ModelConfig, tokens: int, num_chunks: int, lora: LoraConfig | None = None) -> float:
-    """Floating-point operations of one optimiser step over `tokens` positions in chunks: pass 1 and pass 2."""
+    """Floating-point operations of one optimiser step over `tokens` positions in chunks, pass 1 and pass 2, of a model
+    with linear attention."""
     forward = _forward_flops(model)
     states_only = (num_chunks - 1) / num_chunks * _states_flops(model)
     adapters = 0.0 if lora is None else (1 + _BACKWARD) * _adapter_flops(model, lora) - _weight_gradient_flops(model)
