@@ -173,8 +173,10 @@ class ChunkingFields(_Request):
     """Your own choice in place of the planner's."""
 
     chunk_length: int = Field(ge=1, le=16_777_216, description="Tokens per chunk.")
-    state_policy: Literal["keep", "reverse"] = Field(
-        "keep", description="Keep the attention state at every chunk's start, or recompute it backwards."
+    state_policy: Literal["keep", "reverse", "stride", "prefix"] | None = Field(
+        None,
+        description="Keep the attention state at every chunk's start (the default), recompute it backwards, or keep "
+        "some. Softmax attention has `prefix` alone, its keys and values.",
     )
 
 

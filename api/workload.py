@@ -26,8 +26,16 @@ from slim_core.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from slim_core.planning import Calibration, Chunking, Plan, Workload, default_calibration, plan_with_lessons
-from slim_core.planning.memory_model import check_adapters
+from slim_core.planning import (
+    Calibration,
+    Chunking,
+    Plan,
+    Workload,
+    check_chunking,
+    default_calibration,
+    plan_with_lessons,
+)
+from slim_core.planning.shapes import check_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +72,11 @@ def resolve(session: Session, request: PlanRequest, files: Storage) -> PlannedWo
     chunking = None
     if isinstance(request.chunking, ChunkingFields):
         chunking = Chunking(request.chunking.chunk_length, request.chunking.state_policy)
-        if chunking.chunk_length > request.sequence_length:
-            raise InvalidRequestError(("chunking.chunk_length", "must be at most sequence_length"))
+        try:
+            check_chunking(workload, chunking)
+        except ValueError as error:
+            field, _, rule = str(error).partition(": ")
+            raise InvalidRequestError((f"chunking.{field}", rule)) from error
     plan = plan_with_lessons(workload, request.memory_cap, _calibration(session, workload), chunking=chunking)
     return PlannedWorkload(model=model, base_model_id=base_model_id, train=train, plan=plan, tokenizer=tokenizer)
 

@@ -51,7 +51,8 @@ class Chunking(_Json):
     """A user's own choice in place of the planner's."""
 
     chunk_length: int
-    state_policy: StatePolicy = "keep"
+    state_policy: StatePolicy | None = None
+    """None for what goes with the model's attention: `keep`, or `prefix` of softmax attention."""
 
 
 @dataclass(frozen=True, slots=True)
