@@ -297,6 +297,7 @@ class JobSummary(_Response):
     status: Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
     desired: Literal["run", "pause", "cancel"] = Field(description="What was last asked of the job.")
     model: str
+    attention: Literal["softmax", "performer"] | None = None
     dataset: str
     validation_dataset: str | None
     memory_cap: int = Field(description="Bytes.")

@@ -64,6 +64,8 @@ class ClaimedJob:
     """Folder of its tokenizer; None for bytes."""
     checkpoints_dir: str
     """Of this attempt alone."""
+    names: dict[str, str]
+    """Of job, model and data, for the card of its checkpoints."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +133,7 @@ def claim(
         tokenizer_key=job.tokenizer_key,
         tokenizer_path=job.tokenizer_path,
         checkpoints_dir=storage.attempt_dir(job.id, job.attempt),
+        names=_names(job),
     )
 
 
@@ -318,6 +321,18 @@ def _fence(job_id: str, attempt: int) -> tuple[ColumnElement[bool], ...]:
 
 def _lease(seconds: float) -> ColumnElement[Any]:
     return func.clock_timestamp() + timedelta(seconds=seconds)
+
+
+def _names(job: Job) -> dict[str, str]:
+    named = {
+        "job": job.id,
+        "base model": job.model,
+        "data": job.dataset_id,
+        "validation data": job.validation_dataset_id,
+        "tokenizer": job.tokenizer_id or job.tokenizer_key,
+        "memory cap": f"{job.memory_cap_bytes:,} bytes",
+    }
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def _model_path(session: Session, model_id: str) -> str:
