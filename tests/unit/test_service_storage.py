@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from service.filenames import clean_filename
 from service.errors import StorageFullError, UploadTooLargeError
+from service.filenames import clean_filename
 from service.storage import Storage
 
 
