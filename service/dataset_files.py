@@ -204,7 +204,11 @@ class JsonLinesReader:
             if not isinstance(value, dict):
                 return self._problems.add(self._line, "is not a JSON object")
             kind = _kind_of(value)
-            texts = _TEXTS[kind](value) if self._kind in (None, kind) else f"is no {self._kind}, as the lines before it"
+            texts = (
+                _TEXTS[kind](value)
+                if self._kind in (None, kind)
+                else f"is {kind}; the lines before it are {self._kind}"
+            )
             if isinstance(texts, str):
                 return self._problems.add(self._line, texts)
             size = sum(len(text.encode("utf-8")) for text in texts)

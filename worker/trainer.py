@@ -62,7 +62,7 @@ def main(spec: dict[str, Any], reporter: Reporter) -> int:
     run: TrainingRun | None = None
     try:
         meter.enforce_cap(spec["memory_cap_bytes"])
-        run = _load(spec, device, meter, stop)
+        run = _load(spec, device, meter, stop, reporter)
         reporter.send("started", step=run.step)
         return _train(run, reporter, meter, spec)
     except Exception as error:  # noqa: BLE001  # whatever it is, the supervisor must hear of it
@@ -72,9 +72,13 @@ def main(spec: dict[str, Any], reporter: Reporter) -> int:
         return EXIT_MEMORY if is_out_of_memory(error) else EXIT_ERROR
 
 
-def _load(spec: dict[str, Any], device: torch.device, meter: MemoryMeter, stop: Stop) -> TrainingRun:
+def _load(
+    spec: dict[str, Any], device: torch.device, meter: MemoryMeter, stop: Stop, reporter: Reporter
+) -> TrainingRun:
     config = TrainConfig.from_json(spec["train"])
     data, validation = _data(spec, config)
+    reports = [None if windows is None else dataclasses.asdict(windows.report()) for windows in (data, validation)]
+    reporter.send("data", training=reports[0], validation=reports[1])
     model = LanguageModel(ModelConfig.from_json(spec["model"]))
     if spec["initial_weights"] is None:
         model.initialize(config.seed)
