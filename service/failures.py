@@ -34,7 +34,7 @@ PREPARATION_HINTS: dict[str, str] = {
     "model_too_large": "upload its safetensors, or have SLIMTUNE_PREPARER_MEMORY_BYTES raised",
     "document_too_large": "split the longest document, or have SLIMTUNE_PREPARER_MEMORY_BYTES raised",
     "disk_full": "free space in the data directory: it is tried again by itself",
-    "preparation_crashed": "read the worker's log; POST /datasets/{id}/tokenizations tries again",
+    "preparation_crashed": "read the worker's log; POST /datasets/{id}/tokenizations, or another upload, tries again",
     "preparation_timeout": "split the dataset, or have SLIMTUNE_PREPARER_SECONDS raised",
     "worker_lost": HINTS["worker_lost"],
 }
