@@ -201,7 +201,7 @@ def test_a_line_that_is_too_long_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 def test_what_is_compressed_is_complete_or_refused(wrapping: str, name: str, tmp_path: Path) -> None:
     whole = WRAPPINGS[wrapping](json.dumps({"text": "words " * 50_000}).encode())
     for broken in (whole[:-5], whole[: len(whole) // 2], b"no archive", whole + b"rubbish behind it"):
-        with pytest.raises(DatasetError, match="is not a complete (gzip|zstd) file"):
+        with pytest.raises(DatasetError, match=r"is not a complete (gzip|zstd) file"):
             read(written(tmp_path, name + wrapping, broken))
     two = written(tmp_path, "data.jsonl" + wrapping, whole + WRAPPINGS[wrapping](b"\n" + b'{"text": "more"}'))
     contents, problems = read(two)

@@ -249,7 +249,7 @@ def test_a_template_that_cannot_be_split_is_refused(source: str) -> None:
 )
 def test_a_template_runs_in_a_sandbox(source: str) -> None:
     with pytest.raises(ChatTemplateError):
-        ChatTemplate(source + "{{ raise_exception('it ran') if false }}").render(CONVERSATION)
+        ChatTemplate(source).render(CONVERSATION)
 
 
 def test_a_template_that_is_none_has_its_line() -> None:
