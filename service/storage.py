@@ -160,6 +160,8 @@ class Upload:
 
     def seal(self) -> None:
         """No more bytes: those that came are on disk. Raises StorageFullError."""
+        if self._file.closed:
+            return
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
