@@ -16,7 +16,7 @@ from api import errors
 from api.dependencies import Context
 from api.middleware import BodyLimit, RequestContext
 from api.problems import Problem
-from api.routes import checkpoints, datasets, devices, generate, health, jobs, models, plans
+from api.routes import checkpoints, datasets, devices, generate, health, jobs, models, plans, tokenizers
 from api.sampler import Slots
 from service import database, logs, queue
 from service.settings import Settings, load_settings
@@ -50,9 +50,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.context = context
     errors.install(app)
-    app.add_middleware(BodyLimit, streaming_paths=frozenset({"/datasets"}))
+    app.add_middleware(BodyLimit, streaming_paths=frozenset({"/datasets", "/tokenizers", "/models"}))
     app.add_middleware(RequestContext)
-    for resource in (datasets, models, plans, jobs, checkpoints, generate, devices, health):
+    for resource in (datasets, tokenizers, models, plans, jobs, checkpoints, generate, devices, health):
         app.include_router(resource.router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way
     if own_process:

@@ -43,6 +43,16 @@ class UploadStalledError(ServiceError):
         super().__init__(f"No data arrived for {seconds:g} seconds.")
 
 
+class BodyTooLargeError(ServiceError):
+    """A JSON body over the limit of a route that streams, and so has none of the middleware's."""
+
+    status = 413
+    code = "body_too_large"
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(f"The body is larger than {limit_bytes} bytes.", max_body_bytes=limit_bytes)
+
+
 def install(app: FastAPI) -> None:
     """Register the handlers. Exceptions without one are the middleware's (500)."""
     app.add_exception_handler(ServiceError, _service_error)

@@ -16,7 +16,7 @@ from api.schemas import (
     ScheduleFields,
 )
 from service import models as rows
-from service.status import TERMINAL, JobStatus
+from service.status import TERMINAL, UNFINISHED, JobStatus
 from slim_core.config import ModelConfig
 
 Item = TypeVar("Item", bound=BaseModel)
@@ -33,26 +33,137 @@ class Page(_Response, Generic[Item]):
     has_more: bool
 
 
+class PreparationError(_Response):
+    """Why something could not be prepared, or is still to be tried again."""
+
+    model_config = ConfigDict(extra="allow")
+
+    code: str
+    message: str
+    hint: str
+
+
+class TokenizationResponse(_Response):
+    """A dataset under one tokenizer. Counts are null until it is ready."""
+
+    tokenizer: str = Field(description="`bytes`, or the id of a tokenizer or model.")
+    status: Literal["pending", "running", "ready", "failed"]
+    vocab_size: int | None
+    documents: int | None = Field(description="Without those that are left out.")
+    tokens: int | None = Field(description="One that ends each document included.")
+    targets: int | None = Field(description="Tokens that have a loss.")
+    longest_document_tokens: int | None
+    histogram: dict[str, int] | None = Field(
+        description="Documents by length: `64` counts those of 33 to 64 tokens, and so on by powers of two."
+    )
+    empty_documents: int | None = Field(description="Left out because they hold no text.")
+    untrained_documents: int | None = Field(description="Left out because no part of them has a loss.")
+    inexact_cuts: int | None = Field(
+        description="Places where a very long text was cut for the tokenizer, which may have changed a token."
+    )
+    problems: list[dict[str, Any]] = Field(description="The first 20 of a dataset that is broken: `line`, `reason`.")
+    error: PreparationError | None = Field(
+        description="Of one that failed, or of the last try of one that is tried again, as on a full disk."
+    )
+    created_at: datetime
+    finished_at: datetime | None
+
+    @classmethod
+    def of_row(cls, row: rows.Tokenization) -> Self:
+        counts = row.counts or {}
+        names = ("vocab_size", "documents", "tokens", "targets", "histogram")
+        left_out = ("empty_documents", "untrained_documents", "inexact_cuts")
+        error = dict(row.error or {})
+        return cls.model_validate(
+            {
+                **{name: counts.get(name) for name in names + left_out},
+                "longest_document_tokens": counts.get("longest"),
+                "tokenizer": row.tokenizer,
+                "status": row.status,
+                "problems": error.pop("problems", []),
+                "error": error or None,
+                "created_at": row.created_at,
+                "finished_at": row.finished_at,
+            }
+        )
+
+
 class DatasetResponse(_Response):
     id: str
     name: str
     filename: str
-    format: Literal["txt", "jsonl"]
-    bytes: int
-    documents: int
-    tokens: int = Field(description="Bytes of UTF-8 and one border for each document.")
-    longest_document_tokens: int
+    format: Literal["txt", "jsonl", "parquet"]
+    compression: Literal["gzip", "zstd"] | None
+    kind: Literal["text", "prompt_completion", "messages"] | None = Field(
+        description="Of its documents; null until a .parquet has been read."
+    )
+    bytes: int = Field(description="Of the file.")
+    documents: int | None
+    tokens: int | None = Field(
+        description="Of a dataset of texts: bytes of UTF-8 and one border a document. Others: see `tokenizations`."
+    )
+    longest_document_tokens: int | None
     sha256: str = Field(description="Of the file, in hex.")
     problems: list[dict[str, Any]]
+    tokenizations: list[TokenizationResponse]
     created_at: datetime
+
+    @classmethod
+    def of_row(cls, row: rows.Dataset) -> Self:
+        own = {name: getattr(row, name) for name in cls.model_fields if name != "tokenizations"}
+        return cls.model_validate({**own, "tokenizations": [TokenizationResponse.of_row(t) for t in row.tokenizations]})
+
+
+class TokenizerResponse(_Response):
+    id: str
+    name: str
+    source: Literal["upload", "trained"]
+    status: Literal["preparing", "ready", "failed"]
+    vocab_size: int | None = Field(description="Null until it is ready.")
+    dataset: str | None = Field(description="What it is trained on.")
+    error: PreparationError | None
+    created_at: datetime
+    finished_at: datetime | None
+
+    @classmethod
+    def of_row(cls, row: rows.Tokenizer) -> Self:
+        return cls.model_validate(
+            {
+                "id": row.id,
+                "name": row.name,
+                "source": row.source,
+                "status": row.status if row.status in ("ready", "failed") else "preparing",
+                "vocab_size": row.vocab_size,
+                "dataset": row.dataset_id,
+                "error": row.error,
+                "created_at": row.created_at,
+                "finished_at": row.finished_at,
+            }
+        )
+
+
+class FileRecord(_Response):
+    name: str
+    bytes: int
+    sha256: str = Field(description="In hex.")
 
 
 class ModelResponse(_Response):
     id: str
     name: str
-    kind: Literal["built_in", "output"]
-    config: dict[str, Any]
-    num_parameters: int
+    kind: Literal["built_in", "output", "upload"]
+    status: Literal["preparing", "ready", "failed"] = Field(
+        description="`preparing`: a .gguf that is being converted; jobs can start when it is `ready`."
+    )
+    error: dict[str, Any] | None = Field(None, description="Why it failed, or waits to be tried again.")
+    config: dict[str, Any] | None = Field(description="Null until a .gguf is converted.")
+    num_parameters: int | None
+    layout: Literal["slimtune", "llama", "gpt2"] | None = Field(
+        description="Whose names the tensors have: ours, or those of transformers."
+    )
+    tokenizer: str | None = Field(description="`own`: a tokenizer.json comes with it; `bytes`: it reads bytes.")
+    bytes: int | None = Field(None, description="Of an upload's files.")
+    files: list[FileRecord] | None = Field(None, description="Of an upload, as they came.")
     job: str | None = Field(None, description="The job whose output it is.")
     step: int | None = None
     created_at: datetime | None = None
@@ -60,20 +171,28 @@ class ModelResponse(_Response):
     @classmethod
     def of_builtin(cls, name: str, config: ModelConfig) -> Self:
         parameters = config.num_parameters
-        return cls(id=name, name=name, kind="built_in", config=config.to_json(), num_parameters=parameters)
+        return cls(
+            id=name,
+            name=name,
+            kind="built_in",
+            status="ready",
+            config=config.to_json(),
+            num_parameters=parameters,
+            layout="slimtune",
+            tokenizer=None,
+        )
 
     @classmethod
     def of_row(cls, row: rows.Model) -> Self:
-        return cls(
-            id=row.id,
-            name=row.name,
-            kind="output",
-            config=row.config,
-            num_parameters=ModelConfig.from_json(row.config).num_parameters,
-            job=row.job_id,
-            step=row.step,
-            created_at=row.created_at,
-        )
+        parameters = None if row.config is None else ModelConfig.from_json(row.config).num_parameters
+        own = {
+            "status": "preparing" if row.status in UNFINISHED else row.status,
+            "num_parameters": parameters,
+            "tokenizer": "own" if row.tokenizer_key is not None else "bytes" if row.config is not None else None,
+            "job": row.job_id,
+        }
+        same = ("id", "name", "kind", "error", "config", "layout", "bytes", "files", "step", "created_at")
+        return cls.model_validate({name: getattr(row, name) for name in same} | own)
 
 
 class BreakdownResponse(_Response):
@@ -178,6 +297,7 @@ class JobSummary(_Response):
     status: Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
     desired: Literal["run", "pause", "cancel"] = Field(description="What was last asked of the job.")
     model: str
+    attention: Literal["softmax", "performer"] | None = None
     dataset: str
     validation_dataset: str | None
     memory_cap: int = Field(description="Bytes.")
@@ -194,6 +314,9 @@ class JobSummary(_Response):
     gradient_clip: float | None
     evaluate_every: int | None
     evaluate_sequences: int
+    validation_fraction: float | None = None
+    packing: Literal["packed", "continuous", "single"] = "continuous"
+    tokenizer: str | None = None
     checkpoint_every: int | None
     keep: int
     early_stopping: EarlyStoppingFields | None
@@ -286,12 +409,6 @@ class MetricResponse(_Response):
     validation_loss: float | None
 
 
-class FileRecord(_Response):
-    name: str
-    bytes: int
-    sha256: str = Field(description="In hex.")
-
-
 class CheckpointMetrics(_Response):
     validation_loss: float | None
 
@@ -316,19 +433,6 @@ class CheckpointResponse(_Response):
                 "files": row.files,
             }
         )
-
-
-class GenerateResponse(_Response):
-    text: str = Field(description="What follows the prompt, without a stop text.")
-    finish_reason: Literal["stop", "length", "time"] = Field(
-        description="The end of a document or a stop text; `max_tokens`, or the last of a model's learned positions; "
-        "the server's time limit."
-    )
-    tokens: int = Field(description="Tokens that were drawn, those of a stop text included.")
-    prompt_tokens: int
-    seconds: float = Field(description="From the start of the process, the loading of the model included.")
-    step: int = Field(description="The checkpoint.")
-    seed: int
 
 
 class DeviceResponse(_Response):

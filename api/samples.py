@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from api.errors import service_problem
-from api.responses import GenerateResponse
+from api.generation import GenerateResponse
 from api.sampler import GRACE_SECONDS, Sampler, Slots
 from service.errors import ServiceError
 from service.settings import Settings

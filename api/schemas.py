@@ -22,8 +22,6 @@ from pydantic import (
 from api.units import parse_bytes
 
 INT64_END = 2**63
-MAX_PROMPT_CHARACTERS = 200_000
-"""Of text; what a model reads of it is limited in tokens."""
 VISIBLE_ASCII = r"[!-~]{1,255}"
 
 
@@ -175,8 +173,10 @@ class ChunkingFields(_Request):
     """Your own choice in place of the planner's."""
 
     chunk_length: int = Field(ge=1, le=16_777_216, description="Tokens per chunk.")
-    state_policy: Literal["keep", "reverse"] = Field(
-        "keep", description="Keep the attention state at every chunk's start, or recompute it backwards."
+    state_policy: Literal["keep", "reverse", "stride", "prefix"] | None = Field(
+        None,
+        description="Keep the attention state at every chunk's start (the default), recompute it backwards, or keep "
+        "some. Softmax attention has `prefix` alone, its keys and values.",
     )
 
 
@@ -193,9 +193,34 @@ class PlanRequest(_Request):
     """The part of a job that decides how it runs."""
 
     name: Annotated[Text, Field(min_length=1, max_length=200)] | None = None
-    model: Reference = Field(description="A built-in model's name (GET /models), or the id of a finished job's output.")
+    model: Reference = Field(
+        description="A built-in model's name (GET /models), or the id of an upload or of a finished job's output."
+    )
+    attention: Literal["softmax", "performer"] | None = Field(
+        None,
+        description="For a model of softmax attention: `softmax` (default) trains it as it is, exactly; `performer` "
+        "moves its weights into linear attention of random features, whose memory does not grow with the sequence.",
+    )
     dataset: Reference | None = Field(None, description="Id of the training data. Needed if `epochs` is given.")
     validation_dataset: Reference | None = Field(None, description="Id of the data for validation losses.")
+    validation_fraction: float | None = Field(
+        None,
+        gt=0,
+        le=0.5,
+        description="In place of validation_dataset: this share of the dataset's documents, drawn by the seed, is kept "
+        "from training.",
+    )
+    tokenizer: Reference | None = Field(
+        None,
+        description="Id of a tokenizer, for a built-in model, whose vocabulary it is then. Without it, bytes; other "
+        "models have their own.",
+    )
+    packing: Literal["packed", "continuous", "single"] = Field(
+        "packed",
+        description="How documents become sequences: in a row, attention starting afresh with each (`packed`); in a "
+        "row as if they were one text (`continuous`); or one document a sequence, the rest of which has no loss, and a "
+        "longer one in several (`single`).",
+    )
     memory_cap: MemoryCap = Field(
         description="The most private memory that the trainer process may ever hold: bytes, or a text such as `1.5GiB`."
     )
@@ -220,7 +245,7 @@ class PlanRequest(_Request):
         None,
         ge=1,
         le=1_000_000_000,
-        description="Steps between validation losses. Without it, a validation dataset is used once, at the end.",
+        description="Steps between validation losses. Without it, validation data is used once, at the end.",
     )
     evaluate_sequences: int = Field(8, ge=1, le=1_000_000, description="Sequences per validation, at most.")
     checkpoint_every: int | None = Field(
@@ -247,41 +272,30 @@ class ResumeRequest(_Request):
     memory_cap: MemoryCap | None = Field(None, description="Another cap: bytes, or a text such as `1.5GiB`.")
 
 
-class MessageFields(_Request):
-    role: Literal["system", "user", "assistant"]
-    content: Annotated[Text, Field(max_length=MAX_PROMPT_CHARACTERS)]
+class TokenizationRequest(_Request):
+    """What to make a dataset's tokens with."""
+
+    tokenizer: Reference = Field(description="`bytes`, the id of a tokenizer, or that of a model for the model's own.")
 
 
-StopText = Annotated[Text, Field(min_length=1, max_length=100)]
+class TrainFields(_Request):
+    """A byte-pair encoding of the dataset's text."""
+
+    dataset: Reference = Field(description="Id of the dataset to train on.")
+    vocab_size: int = Field(ge=300, le=200_000, description="Tokens, all 256 bytes and the special ones among them.")
 
 
-class GenerateRequest(_Request):
-    """What to continue, from which checkpoint, and how."""
+class TrainTokenizerRequest(_Request):
+    """A tokenizer to train."""
 
-    prompt: Annotated[Text, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)] | None = Field(
-        None, description="Text to continue. This or `messages`."
-    )
-    messages: Annotated[list[MessageFields], Field(min_length=1, max_length=1_000)] | None = Field(
-        None, description="A conversation to answer, written by the chat template of the model's tokenizer."
-    )
-    checkpoint: Literal["latest", "best", "final"] | Annotated[int, Field(ge=0, lt=INT64_END)] = Field(
-        "latest", description="Or a step."
-    )
-    max_tokens: int = Field(200, ge=1, le=4_096, description="Where the text ends at the latest.")
-    temperature: float = Field(0.8, ge=0, le=10, description="0 takes the most likely token every time.")
-    top_k: int | None = Field(None, ge=1, lt=2**31, description="Only the k most likely tokens.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Only the most likely tokens with this probability together.")
-    stop: StopText | Annotated[list[StopText], Field(max_length=8)] = Field(
-        [], description="The text ends before the first of these."
-    )
-    seed: int | None = Field(
-        None,
-        ge=0,
-        lt=INT64_END,
-        description="The same seed, checkpoint and request give the same text; null: any.",
-    )
-    stream: bool = Field(False, description="Answer `text/event-stream`: `token` events as they come, then `done`.")
+    train: TrainFields
+    name: Annotated[Text, Field(min_length=1, max_length=200)] | None = None
 
+
+TOKENIZATION_EXAMPLES: dict[str, Any] = {
+    "uploaded": {"value": {"tokenizer": "tok_01936f0e4b7a7c3f8d21c5a0b9e4f617"}},
+    "of a model": {"value": {"tokenizer": "model_01936f0e5c1d7e11a4b3f0c2d8e96a05"}},
+}
 
 JOB_EXAMPLES: dict[str, Any] = {
     "small": {
@@ -333,16 +347,5 @@ PLAN_EXAMPLES: dict[str, Any] = {
             "steps": 100,
             "chunking": {"chunk_length": 512, "state_policy": "reverse"},
         },
-    },
-}
-
-GENERATE_EXAMPLES: dict[str, Any] = {
-    "prompt": {
-        "summary": "Continue a text",
-        "value": {"prompt": "The import statement", "checkpoint": "best", "max_tokens": 100},
-    },
-    "conversation": {
-        "summary": "Answer a question, as a stream",
-        "value": {"messages": [{"role": "user", "content": "What is a tuple?"}], "temperature": 0.5, "stream": True},
     },
 }

@@ -1,4 +1,4 @@
-"""A multipart upload as it arrives: the file's bytes go to their sink, nothing waits in memory or in a spool file.
+"""A multipart upload as it arrives: the files' bytes go to their sink, nothing waits in memory or in a spool file.
 
 Starlette's UploadFile would spool the whole file before a route can look at its size.
 """
@@ -6,9 +6,11 @@ Starlette's UploadFile would spool the whole file before a route can look at its
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, Protocol, Self, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
 import anyio
 from python_multipart import MultipartParser
@@ -29,7 +31,7 @@ logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
 class Sink(Protocol):
-    """Where the file goes, for example service.datasets.DatasetUpload."""
+    """Where a file goes, for example service.datasets.DatasetUpload."""
 
     def write(self, data: bytes) -> None: ...
 
@@ -40,23 +42,45 @@ class Sink(Protocol):
     ) -> None: ...
 
 
+class FilesSink(Sink, Protocol):
+    """Where several files go, one after the other, for example service.model_uploads.ModelUpload."""
+
+    def begin(self, filename: str) -> None:
+        """What is written from now on belongs to this file."""
+
+
 SinkT = TypeVar("SinkT", bound=Sink)
+FilesSinkT = TypeVar("FilesSinkT", bound=FilesSink)
 Stored = TypeVar("Stored")
 
 
-class Form:
-    """The parts `file` and `name` of a multipart body, by callbacks of the parser."""
+@dataclass(frozen=True, slots=True)
+class FileStart:
+    """A file begins; the bytes that follow are its."""
 
-    def __init__(self, content_type: str) -> None:
-        """Raises InvalidRequestError for another content type."""
+    filename: str
+
+
+Piece = FileStart | bytes
+
+
+class Form:
+    """The parts `file` and some short texts of a multipart body, by callbacks of the parser."""
+
+    def __init__(self, content_type: str, max_files: int = 1, texts: Sequence[str] = ("name",)) -> None:
+        """`file` may come up to `max_files` times, each of `texts` once. Raises InvalidRequestError for another content
+        type."""
         kind, options = parse_options_header(content_type)
         if kind != b"multipart/form-data" or not options.get(b"boundary"):
             raise InvalidRequestError(("file", "send the file as multipart/form-data in the field `file`"))
-        self.filename: str | None = None
+        self.files = 0
+        """That have begun."""
         self.complete = False
-        self._name: bytearray | None = None
-        self._chunks: list[bytes] = []
-        self._part: Literal["file", "name"] | None = None
+        self._max_files = max_files
+        self._allowed = frozenset(texts)
+        self._texts: dict[str, bytearray] = {}
+        self._pieces: list[Piece] = []
+        self._part = ""
         self._header: tuple[bytearray, bytearray] = (bytearray(), bytearray())
         self._disposition = b""
         self._parser = MultipartParser(
@@ -76,16 +100,21 @@ class Form:
     @property
     def name(self) -> str | None:
         """The text of the field `name`, if it was sent."""
-        return None if self._name is None else self._name.decode("utf-8", "replace")
+        return self.text("name")
 
-    def feed(self, data: bytes) -> list[bytes]:
-        """Take a portion of the body; returns the file's bytes in it. Raises InvalidRequestError."""
+    def text(self, field: str) -> str | None:
+        """The text of a field, if it was sent."""
+        value = self._texts.get(field)
+        return None if value is None else value.decode("utf-8", "replace")
+
+    def feed(self, data: bytes) -> list[Piece]:
+        """Take a portion of the body; returns the files' bytes in it. Raises InvalidRequestError."""
         try:
             self._parser.write(data)
         except MultipartParseError as error:
             raise InvalidRequestError(("file", "the multipart body is malformed")) from error
-        chunks, self._chunks = self._chunks, []
-        return chunks
+        pieces, self._pieces = self._pieces, []
+        return pieces
 
     def _begin_part(self) -> None:
         self._disposition = b""
@@ -100,66 +129,121 @@ class Form:
     def _open_part(self) -> None:
         _, options = parse_options_header(self._disposition)
         name, filename = options.get(b"name"), options.get(b"filename")
-        if name == b"file" and self.filename is None and filename is not None:
+        if name == b"file" and self.files < self._max_files and filename is not None:
             self._part = "file"
-            self.filename = filename.decode("utf-8", "replace")
+            self.files += 1
+            self._pieces.append(FileStart(filename.decode("utf-8", "replace")))
         elif name == b"file":
-            raise InvalidRequestError(("file", "must be one file, with a file name"))
-        elif name == b"name" and self._name is None:
-            self._part = "name"
-            self._name = bytearray()
+            allowed = "one file" if self._max_files == 1 else f"at most {self._max_files} files"
+            raise InvalidRequestError(("file", f"must be {allowed}, with a file name"))
         else:
-            raise InvalidRequestError(((name or b"").decode("utf-8", "replace"), "is not a field of this form"))
+            self._part = (name or b"").decode("utf-8", "replace")
+            if self._part not in self._allowed or self._part in self._texts:
+                raise InvalidRequestError((self._part, "is not a field of this form, or is there twice"))
+            self._texts[self._part] = bytearray()
 
     def _take(self, data: bytes, start: int, end: int) -> None:
         if self._part == "file":
-            self._chunks.append(data[start:end])
-        elif self._name is not None:
-            self._name += data[start:end]
-            if len(self._name) > MAX_FIELD_BYTES:
-                raise InvalidRequestError(("name", f"must be at most {MAX_FIELD_BYTES} bytes"))
+            self._pieces.append(data[start:end])
+        else:
+            text = self._texts[self._part]
+            text += data[start:end]
+            if len(text) > MAX_FIELD_BYTES:
+                raise InvalidRequestError((self._part, f"must be at most {MAX_FIELD_BYTES} bytes"))
 
     def _end(self) -> None:
         self.complete = True
 
 
-def open_form(content_type: str) -> Form:
+def open_form(content_type: str, max_files: int = 1, texts: Sequence[str] = ("name",)) -> Form:
     """A form for this content type. Raises InvalidRequestError."""
     try:
-        return Form(content_type)
+        return Form(content_type, max_files, texts)
     except FormParserError as error:
         raise InvalidRequestError(("file", "the multipart boundary is too long")) from error
 
 
 async def receive_upload(
-    request: Request, open_sink: Callable[[str], SinkT], store: Callable[[SinkT, str | None], Stored]
+    request: Request,
+    open_sink: Callable[[str], SinkT],
+    store: Callable[..., Stored],
+    texts: Sequence[str] = ("name",),
 ) -> Stored:
-    """Stream the file of a request into `open_sink(filename)`, then `store(sink, name)`; both run in threads.
+    """Stream the file of a request into `open_sink(filename)`, then `store(sink, *values of texts)`; both run in
+    threads. A text that was not sent is None.
 
     Raises InvalidRequestError for a malformed form, UploadStalledError, ClientDisconnect, what the callables raise.
     """
-    form = open_form(request.headers.get("content-type", ""))
-    portions = request.stream()
-    head: list[bytes] = []
-    while form.filename is None and not form.complete:
-        head += form.feed(await _next(portions))
-    if form.filename is None:
-        raise InvalidRequestError(("file", "is missing"))
-    with await run_in_threadpool(open_sink, form.filename) as sink:
-        await _copy(form, portions, head, sink)
-        return await run_in_threadpool(store, sink, form.name)
+    return await receive_files(
+        request, _OneFile(open_sink), lambda one, *values: store(one.sink, *values), max_files=1, texts=texts
+    )
 
 
-async def _copy(form: Form, portions: AsyncIterator[bytes], head: list[bytes], sink: Sink) -> None:
-    batch, size = head, sum(map(len, head))
-    while not form.complete:
-        chunks = form.feed(await _next(portions))
-        batch += chunks
-        size += sum(map(len, chunks))
-        if size >= BATCH_BYTES:
+async def receive_files(
+    request: Request,
+    sink: AbstractContextManager[FilesSinkT],
+    store: Callable[..., Stored],
+    max_files: int,
+    texts: Sequence[str] = ("name",),
+) -> Stored:
+    """Stream the files of a request into `sink`, then `store(sink, *values of texts)`; all that they do runs in
+    threads.
+
+    Raises as `receive_upload` does.
+    """
+    with sink as opened:
+        form = open_form(request.headers.get("content-type", ""), max_files, texts)
+        await _copy(form, request.stream(), opened)
+        if not form.files:
+            raise InvalidRequestError(("file", "is missing"))
+        return await run_in_threadpool(store, opened, *(form.text(field) for field in texts))
+
+
+class _OneFile(Generic[SinkT]):
+    """A sink that is opened when the file's name is known."""
+
+    def __init__(self, open_sink: Callable[[str], SinkT]) -> None:
+        self._open = open_sink
+        self._stack = ExitStack()
+        self.sink: SinkT
+
+    def begin(self, filename: str) -> None:
+        self.sink = self._open(filename)
+        self._stack.enter_context(self.sink)
+
+    def write(self, data: bytes) -> None:
+        self.sink.write(data)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+
+async def _copy(form: Form, portions: AsyncIterator[bytes], sink: FilesSink) -> None:
+    batch: list[bytes] = []
+    size = 0
+
+    async def write() -> None:
+        nonlocal batch, size
+        if batch:
             await run_in_threadpool(sink.write, b"".join(batch))
             batch, size = [], 0
-    await run_in_threadpool(sink.write, b"".join(batch))
+
+    while not form.complete:
+        for piece in form.feed(await _next(portions)):
+            if isinstance(piece, FileStart):
+                await write()
+                await run_in_threadpool(sink.begin, piece.filename)
+            else:
+                batch.append(piece)
+                size += len(piece)
+        if size >= BATCH_BYTES:
+            await write()
+    await write()
 
 
 async def _next(portions: AsyncIterator[bytes]) -> bytes:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from dataclasses import dataclass
+from typing import Literal
 
 from sqlalchemy.orm import Session
 
+from api import training_data
 from api.errors import InvalidRequestError
 from api.schemas import ChunkingFields, FullFields, LoraFields, PlanRequest
-from service import base_models, calibrations, datasets, devices
-from service.errors import DatasetTooSmallError
-from service.models import Dataset, Job
+from api.training_data import TrainingData
+from service import base_models, calibrations, devices, tokenizers
+from service.models import Job
 from service.status import JobStatus
+from service.storage import Storage
+from service.tokenizers import TokenizerRef
 from slim_core.config import (
     BUILTIN_MODELS,
+    BYTE_VOCABULARY,
     EarlyStoppingConfig,
     LoraConfig,
     ModelConfig,
@@ -22,12 +28,21 @@ from slim_core.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from slim_core.planning import Calibration, Chunking, Plan, Workload, default_calibration, plan_with_lessons
-from slim_core.planning.memory_model import check_adapters
+from slim_core.planning import (
+    Calibration,
+    Chunking,
+    Plan,
+    Workload,
+    check_chunking,
+    default_calibration,
+    plan_with_lessons,
+)
+from slim_core.planning.shapes import check_adapters
 
 logger = logging.getLogger(__name__)
 
-MAX_STEPS = 1_000_000_000
+FEATURES_PER_CHANNEL = 2
+"""Of FAVOR+ in place of softmax attention: M = 2 K random features a head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,20 +53,22 @@ class PlannedWorkload:
     base_model_id: str | None
     train: TrainConfig
     plan: Plan
+    tokenizer: TokenizerRef
 
 
-def resolve(session: Session, request: PlanRequest) -> PlannedWorkload:
+def resolve(session: Session, request: PlanRequest, files: Storage) -> PlannedWorkload:
     """Check and plan a request.
 
-    Raises InvalidRequestError, NotFoundError for a model or dataset that is not there, DatasetTooSmallError,
+    Raises InvalidRequestError, NotFoundError for a model, dataset or tokenizer that is not there, DatasetTooSmallError,
+    ModelNotReadyError, DatasetNotTokenizedError, DatasetUnusableError, TokenizerNotReadyError, TokenizerFailedError,
     MemoryCapInfeasibleError, MemoryCapExceedsDeviceError.
     """
     _check_rules(request)
     devices.check_cap(session, request.memory_cap)
-    dataset = _dataset(session, "dataset", request.dataset, request.sequence_length)
-    _dataset(session, "validation_dataset", request.validation_dataset, request.sequence_length)
-    model, base_model_id = _model(session, request.model)
-    train = _train_config(request, _steps(request, dataset))
+    model, base_model_id, tokenizer = _model(session, request)
+    _check_positions(model, request)
+    data = training_data.describe(session, request, tokenizer, files)
+    train = _train_config(request, data)
     if train.lora is not None:
         try:
             check_adapters(model, train.lora)
@@ -61,10 +78,13 @@ def resolve(session: Session, request: PlanRequest) -> PlannedWorkload:
     chunking = None
     if isinstance(request.chunking, ChunkingFields):
         chunking = Chunking(request.chunking.chunk_length, request.chunking.state_policy)
-        if chunking.chunk_length > request.sequence_length:
-            raise InvalidRequestError(("chunking.chunk_length", "must be at most sequence_length"))
+        try:
+            check_chunking(workload, chunking)
+        except ValueError as error:
+            field, _, rule = str(error).partition(": ")
+            raise InvalidRequestError((f"chunking.{field}", rule)) from error
     plan = plan_with_lessons(workload, request.memory_cap, _calibration(session, workload), chunking=chunking)
-    return PlannedWorkload(model=model, base_model_id=base_model_id, train=train, plan=plan)
+    return PlannedWorkload(model=model, base_model_id=base_model_id, train=train, plan=plan, tokenizer=tokenizer)
 
 
 def check_device(session: Session, job: Job) -> None:
@@ -88,46 +108,68 @@ def _check_rules(request: PlanRequest) -> None:
         errors.append(("steps", "give exactly one of steps and epochs"))
     if request.epochs is not None and request.dataset is None:
         errors.append(("epochs", "needs a dataset; without one, give steps"))
-    if request.evaluate_every is not None and request.validation_dataset is None:
-        errors.append(("evaluate_every", "needs validation_dataset"))
+    if request.validation_fraction is not None and request.validation_dataset is not None:
+        errors.append(("validation_fraction", "is in place of validation_dataset: give one of both"))
+    if request.evaluate_every is not None and not _has_validation(request):
+        errors.append(("evaluate_every", "needs validation_dataset or validation_fraction"))
     if request.early_stopping is not None and request.evaluate_every is None:
         errors.append(("early_stopping", "needs evaluate_every"))
     if errors:
         raise InvalidRequestError(*errors)
 
 
-def _dataset(session: Session, field: str, dataset_id: str | None, sequence_length: int) -> Dataset | None:
-    if dataset_id is None:
-        return None
-    dataset = datasets.get(session, dataset_id)
-    if dataset.tokens < sequence_length + 1:
-        raise DatasetTooSmallError(field, dataset.id, dataset.tokens, sequence_length)
-    return dataset
+def _has_validation(request: PlanRequest) -> bool:
+    return request.validation_dataset is not None or request.validation_fraction is not None
 
 
-def _model(session: Session, name: str) -> tuple[ModelConfig, str | None]:
-    if (builtin := BUILTIN_MODELS.get(name)) is not None:
-        return builtin, None
-    row = base_models.get(session, name)
-    return ModelConfig.from_json(row.config), row.id
+def _model(session: Session, request: PlanRequest) -> tuple[ModelConfig, str | None, TokenizerRef]:
+    """Configuration, row and tokenizer of the model that a request names."""
+    if (builtin := BUILTIN_MODELS.get(request.model)) is not None:
+        if request.tokenizer is None:
+            return _with_attention(builtin, request.attention), None, tokenizers.BYTES
+        reference = tokenizers.resolve(session, request.tokenizer)
+        vocab_size = reference.vocab_size or builtin.vocab_size
+        model = dataclasses.replace(builtin, vocab_size=vocab_size)
+        return _with_attention(model, request.attention), None, reference
+    if request.tokenizer is not None:
+        raise InvalidRequestError(("tokenizer", "is for built-in models; this model has its own"))
+    row = base_models.ready(session, request.model)
+    assert row.config is not None  # noqa: S101  # by the table's constraint
+    model, reference = ModelConfig.from_json(row.config), tokenizers.of_model(row)
+    if reference == tokenizers.BYTES and model.vocab_size < BYTE_VOCABULARY:
+        reason = f"has a vocabulary of {model.vocab_size} and no tokenizer.json; bytes need {BYTE_VOCABULARY}"
+        raise InvalidRequestError(("model", reason))
+    return _with_attention(model, request.attention), row.id, reference
 
 
-def _steps(request: PlanRequest, dataset: Dataset | None) -> int:
-    """Optimiser steps. An epoch is every window of T tokens once: the last token only serves as a target."""
-    if request.steps is not None:
-        return request.steps
-    assert request.epochs is not None  # noqa: S101  # by _check_rules
-    assert dataset is not None  # noqa: S101  # by _check_rules
-    windows = (dataset.tokens - 1) // request.sequence_length
-    steps = request.epochs * -(-windows // request.batch_size)
-    if steps > MAX_STEPS:
-        raise InvalidRequestError(("epochs", f"are {steps} steps on this dataset; at most {MAX_STEPS} are possible"))
-    return steps
+def _with_attention(model: ModelConfig, attention: Literal["softmax", "performer"] | None) -> ModelConfig:
+    """The model in training. Raises InvalidRequestError where it has no softmax attention to keep or to replace."""
+    if attention is None:
+        return model
+    if model.attention != "softmax":
+        raise InvalidRequestError(
+            ("attention", f"is a choice for softmax attention; this model's is {model.attention}")
+        )
+    if attention == "softmax":
+        return model
+    return dataclasses.replace(
+        model,
+        attention="performer",
+        feature_map="favor",
+        num_features=FEATURES_PER_CHANNEL * model.head_width,
+    )
 
 
-def _train_config(request: PlanRequest, steps: int) -> TrainConfig:
+def _check_positions(model: ModelConfig, request: PlanRequest) -> None:
+    if model.max_positions is not None and request.sequence_length > model.max_positions:
+        reason = f"must be at most {model.max_positions}: the model has learned no further positions"
+        raise InvalidRequestError(("sequence_length", reason))
+
+
+def _train_config(request: PlanRequest, data: TrainingData) -> TrainConfig:
+    steps = data.steps
     evaluate_every = request.evaluate_every
-    if evaluate_every is None and request.validation_dataset is not None:
+    if evaluate_every is None and _has_validation(request):
         evaluate_every = steps
     early_stopping = request.early_stopping
     return TrainConfig(
@@ -140,6 +182,8 @@ def _train_config(request: PlanRequest, steps: int) -> TrainConfig:
         precision=request.precision,
         dropout=request.dropout,
         label_smoothing=request.label_smoothing,
+        packing=data.packing,
+        validation_fraction=request.validation_fraction,
         gradient_clip=request.gradient_clip,
         evaluate_every=evaluate_every,
         evaluate_sequences=request.evaluate_sequences,

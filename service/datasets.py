@@ -1,4 +1,4 @@
-"""Uploaded datasets: the way in, the rows, the way out."""
+"""Uploaded datasets: the way in, the rows, what is made of them, the way out."""
 
 from __future__ import annotations
 
@@ -9,43 +9,51 @@ from sqlalchemy import Engine, or_, select
 from sqlalchemy import delete as sql_delete
 from sqlalchemy.orm import Session
 
-from service import database, storage
-from service.dataset_files import DatasetFormat, reader
-from service.errors import DatasetFormatError, DatasetInUseError, NotFoundError
+from service import database, storage, tokenizations, tokenizers
+from service.dataset_files import format_of, reader
+from service.errors import DatasetInUseError, NotFoundError
+from service.filenames import clean_filename, clean_name
 from service.ids import is_id, new_id
-from service.jsonable import clean_text
-from service.models import Dataset, Job
+from service.models import Dataset, Job, Tokenization, Tokenizer
 from service.pages import newest_first
-from service.status import TERMINAL
+from service.status import TERMINAL, UNFINISHED
 from service.storage import Storage
-
-MAX_NAME_LENGTH = 200
+from service.tokenizers import BYTES
 
 
 class DatasetUpload:
     """One upload from its first byte to its row. A block that ends without `store` leaves nothing behind."""
 
-    def __init__(self, files: Storage, filename: str, limit_bytes: int) -> None:
-        """Raises DatasetFormatError unless the name ends in .txt or .jsonl."""
+    def __init__(
+        self, files: Storage, filename: str, limit_bytes: int, expanded_limit_bytes: int | None = None
+    ) -> None:
+        """A compressed file may expand to `expanded_limit_bytes`, or `limit_bytes`. Raises DatasetFormatError, by the
+        name's endings."""
         self.filename = clean_filename(filename)
-        self.format = _format_of(self.filename)
+        self.format, self.compression = format_of(self.filename)
         self._files = files
-        self._reader = reader(self.format)
+        self._reader = reader(self.format, self.compression, expanded_limit_bytes or limit_bytes)
         self._upload = files.upload(limit_bytes)
 
     def write(self, data: bytes) -> None:
-        """Take the next bytes. Raises UploadTooLargeError, StorageFullError."""
+        """Take the next bytes. Raises UploadTooLargeError, UploadExpandsTooFarError, StorageFullError, and
+        DatasetInvalidError for what cannot be decompressed."""
         self._upload.write(data)
         self._reader.feed(data)
 
-    def store(self, bind: Engine, name: str | None = None) -> Dataset:
-        """Make file and row durable. Raises DatasetInvalidError (nothing is stored), StorageFullError."""
+    def store(self, bind: Engine, name: str | None = None, tokenizer: str | None = None) -> Dataset:
+        """Make file and row durable, and have its tokens made: as bytes, and by `tokenizer`.
+
+        Raises DatasetInvalidError, StorageFullError and what tokenizers.resolve raises; nothing is stored then.
+        """
         counts = self._reader.finish()
         dataset = Dataset(
             id=new_id("ds"),
-            name=clean_text(name or self.filename)[:MAX_NAME_LENGTH],
+            name=clean_name(name or self.filename),
             filename=self.filename,
             format=self.format,
+            compression=self.compression,
+            kind=counts.kind,
             bytes=self._upload.bytes,
             documents=counts.documents,
             tokens=counts.tokens,
@@ -53,12 +61,15 @@ class DatasetUpload:
             sha256=self._upload.sha256,
             problems=[],
         )
-        relative = storage.dataset_path(dataset.id, self.format)
+        relative = storage.dataset_path(dataset.id, self.format, self.compression)
         self._upload.commit(self._files.path(relative))
         try:
             with database.transaction(bind) as session:
+                wanted = [BYTES] if tokenizer is None else [BYTES, tokenizers.resolve(session, tokenizer)]
                 session.add(dataset)
                 session.flush()
+                for reference in wanted:
+                    tokenizations.request(session, dataset.id, reference)
                 session.refresh(dataset)
         except BaseException:
             self._files.remove(f"datasets/{dataset.id}")
@@ -85,6 +96,13 @@ def get(session: Session, dataset_id: str, keep: bool = False) -> Dataset:
     return dataset
 
 
+def tokenize(session: Session, dataset_id: str, tokenizer: str) -> Tokenization:
+    """Have the dataset's tokens made by a tokenizer, unless they are there. Raises NotFoundError and what
+    tokenizers.resolve raises."""
+    dataset = get(session, dataset_id, keep=True)
+    return tokenizations.request(session, dataset.id, tokenizers.resolve(session, tokenizer))
+
+
 def page(session: Session, after: str | None = None, limit: int = 20) -> tuple[list[Dataset], bool]:
     """Up to `limit` datasets older than the dataset `after`, newest first, and whether there are more."""
     return newest_first(session, select(Dataset), Dataset.id, after, limit)
@@ -93,7 +111,8 @@ def page(session: Session, after: str | None = None, limit: int = 20) -> tuple[l
 def delete(session: Session, dataset_id: str) -> str:
     """Delete the row; returns the folder (relative to the data folder) to remove after the commit.
 
-    Raises NotFoundError, and DatasetInUseError while an unfinished job reads it.
+    Its tokenizations go with it. Raises NotFoundError, and DatasetInUseError while an unfinished job reads it or a
+    tokenizer is trained on it.
     """
     query = select(Dataset).where(Dataset.id == dataset_id).with_for_update()
     dataset = session.scalars(query).one_or_none() if is_id("ds", dataset_id) else None
@@ -103,27 +122,10 @@ def delete(session: Session, dataset_id: str) -> str:
         or_(Job.dataset_id == dataset_id, Job.validation_dataset_id == dataset_id),
         Job.status.not_in([status.value for status in TERMINAL]),
     )
-    if jobs := list(session.scalars(readers.order_by(Job.id).limit(20))):
-        raise DatasetInUseError(dataset_id, jobs)
+    jobs = list(session.scalars(readers.order_by(Job.id).limit(20)))
+    training = select(Tokenizer.id).where(Tokenizer.dataset_id == dataset_id, Tokenizer.status.in_(UNFINISHED))
+    trained = list(session.scalars(training.order_by(Tokenizer.id).limit(20)))
+    if jobs or trained:
+        raise DatasetInUseError(dataset_id, jobs, trained)
     session.execute(sql_delete(Dataset).where(Dataset.id == dataset_id))
     return f"datasets/{dataset_id}"
-
-
-def clean_filename(filename: str) -> str:
-    """A client's file name as harmless metadata: its last part, printable, at most 200 characters."""
-    last = clean_text(filename).replace("\\", "/").rsplit("/", 1)[-1]
-    printable = "".join(character for character in last if character.isprintable()).strip()
-    if len(printable) > MAX_NAME_LENGTH:
-        stem, dot, ending = printable.rpartition(".")
-        kept = MAX_NAME_LENGTH - len(dot + ending)
-        printable = stem[:kept] + dot + ending if kept > 0 and stem else printable[:MAX_NAME_LENGTH]
-    return printable or "unnamed"
-
-
-def _format_of(filename: str) -> DatasetFormat:
-    lowered = filename.lower()
-    if lowered.endswith(".txt"):
-        return "txt"
-    if lowered.endswith(".jsonl"):
-        return "jsonl"
-    raise DatasetFormatError

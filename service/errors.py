@@ -19,13 +19,17 @@ class ServiceError(Exception):
         self.fields = fields
 
 
+MAX_PROBLEMS = 20
+"""Of a file or model that an answer lists."""
+
+
 def _shown(text: str) -> str:
     """At most 80 characters of a client's text, safe to print and to encode."""
     return text[:80].encode("ascii", "backslashreplace").decode("ascii")
 
 
 class NotFoundError(ServiceError):
-    """There is no such resource: `kind` is `job`, `dataset`, `model`, `checkpoint` or `file`."""
+    """There is no such resource: `kind` is `job`, `dataset`, `tokenizer`, `model`, `checkpoint` or `file`."""
 
     status = 404
 
@@ -95,7 +99,49 @@ class DatasetFormatError(ServiceError):
     code = "dataset_format_unsupported"
 
     def __init__(self) -> None:
-        super().__init__("The file's name must end in .txt or .jsonl.", formats=["txt", "jsonl"])
+        super().__init__(
+            "The file's name must end in .txt, .jsonl or .parquet, after which .gz or .zst may follow.",
+            formats=["txt", "jsonl", "parquet"],
+            compressions=["gz", "zst"],
+            hint="rename the file, or convert it",
+        )
+
+
+class ModelInvalidError(ServiceError):
+    """The files are not a model that can be trained; `problems` are the first 20, by file or tensor."""
+
+    status = 422
+    code = "model_invalid"
+    param = "file"
+
+    def __init__(self, problems: list[dict[str, str]], **fields: Any) -> None:
+        first = problems[0]
+        where = " ".join(filter(None, (first.get("file"), first.get("tensor"))))
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        super().__init__(
+            f"{_shown(where)}: {first['reason']}{more}; nothing was stored." if where else f"{first['reason']}{more}",
+            problems=problems[:MAX_PROBLEMS],
+            total_problems=len(problems),
+            **fields,
+        )
+
+
+class ModelNotReadyError(ServiceError):
+    """The model is still converted, or its conversion has failed."""
+
+    status = 409
+    code = "model_not_ready"
+    param = "model"
+
+    def __init__(self, model_id: str, status: str, error: dict[str, Any] | None) -> None:
+        if status == "failed" and error is not None:
+            message, hint = f"{model_id} cannot be used: {error['message']}", error["hint"]
+        else:
+            message, hint = (
+                f"{model_id} is being converted.",
+                "ask again in some seconds, or watch it at GET /models/{id}",
+            )
+        super().__init__(message, model=model_id, model_status=status, reason=error, hint=hint)
 
 
 class DatasetTooSmallError(ServiceError):
@@ -107,6 +153,7 @@ class DatasetTooSmallError(ServiceError):
     def __init__(self, field: str, dataset_id: str, tokens: int, sequence_length: int) -> None:
         super().__init__(
             f"{field} has {tokens} tokens; sequence_length {sequence_length} needs at least {sequence_length + 1}.",
+            hint="shorten sequence_length, or upload more text",
             field=field,
             dataset=dataset_id,
             tokens=tokens,
@@ -140,24 +187,149 @@ class UploadTooLargeError(ServiceError):
         super().__init__(f"The file is larger than {limit_bytes} bytes.", max_upload_bytes=limit_bytes)
 
 
+class UploadExpandsTooFarError(ServiceError):
+    """A compressed upload stands for more than the limit; what had arrived is gone again."""
+
+    status = 413
+    code = "upload_expands_too_far"
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(
+            f"The file expands to more than {limit_bytes} bytes.",
+            max_expanded_bytes=limit_bytes,
+            hint="split the file, or have SLIMTUNE_MAX_EXPANDED_BYTES raised",
+        )
+
+
 class DatasetInUseError(ServiceError):
-    """Jobs that are not finished read this dataset."""
+    """Jobs that are not finished read this dataset, or a tokenizer is trained on it."""
 
     status = 409
     code = "dataset_in_use"
 
-    def __init__(self, dataset_id: str, jobs: list[str]) -> None:
-        super().__init__("The dataset is used by jobs that are not finished.", dataset=dataset_id, jobs=jobs)
+    def __init__(self, dataset_id: str, jobs: list[str], tokenizers: list[str]) -> None:
+        users = "jobs that are not finished" if jobs else "a tokenizer that is being trained"
+        super().__init__(
+            f"The dataset is used by {users}.",
+            dataset=dataset_id,
+            jobs=jobs,
+            tokenizers=tokenizers,
+            hint="wait for what uses it, or cancel it",
+        )
+
+
+class DatasetNotTokenizedError(ServiceError):
+    """The answer depends on the dataset's tokens under this tokenizer, which are being counted."""
+
+    status = 409
+    code = "dataset_not_tokenized"
+    retry_after_seconds = 5
+
+    def __init__(self, field: str, dataset_id: str, tokenizer: str, status: str) -> None:
+        super().__init__(
+            f"The tokens of {field} under {tokenizer} are not counted yet.",
+            field=field,
+            dataset=dataset_id,
+            tokenizer=tokenizer,
+            tokenization_status=status,
+            hint="it is being prepared: ask again in some seconds, watch it at GET /datasets/{id}, "
+            "or give steps in place of epochs",
+        )
+
+
+class DatasetUnusableError(ServiceError):
+    """The dataset could not be tokenised; `error` is why."""
+
+    status = 422
+    code = "dataset_unusable"
+
+    def __init__(self, field: str, dataset_id: str, tokenizer: str, error: dict[str, Any]) -> None:
+        super().__init__(
+            f"{field} cannot be trained on with {tokenizer}: {error['message']}",
+            field=field,
+            dataset=dataset_id,
+            tokenizer=tokenizer,
+            reason=error,
+            hint=error["hint"],
+        )
+
+
+class TokenizerInvalidError(ServiceError):
+    """The file is no tokenizer.json of the tokenizers library."""
+
+    status = 422
+    code = "tokenizer_invalid"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"The file {reason}; nothing was stored.",
+            reason=reason,
+            hint="send the tokenizer.json that the tokenizers library writes (Tokenizer.save)",
+        )
+
+
+class TokenizerNotReadyError(ServiceError):
+    """The tokenizer is being checked or trained."""
+
+    status = 409
+    code = "tokenizer_not_ready"
+    retry_after_seconds = 5
+
+    def __init__(self, tokenizer_id: str) -> None:
+        super().__init__(
+            f"{tokenizer_id} is being prepared.",
+            tokenizer=tokenizer_id,
+            hint="ask again in some seconds, or watch it at GET /tokenizers/{id}",
+        )
+
+
+class TokenizerFailedError(ServiceError):
+    """The tokenizer cannot be used; `error` is why."""
+
+    status = 422
+    code = "tokenizer_failed"
+
+    def __init__(self, tokenizer_id: str, error: dict[str, Any]) -> None:
+        super().__init__(
+            f"{tokenizer_id} cannot be used: {error['message']}",
+            tokenizer=tokenizer_id,
+            reason=error,
+            hint=error["hint"],
+        )
+
+
+class TokenizerInUseError(ServiceError):
+    """Jobs that are not finished, or datasets that are being prepared, need this tokenizer."""
+
+    status = 409
+    code = "tokenizer_in_use"
+
+    def __init__(self, tokenizer_id: str, jobs: list[str], datasets: list[str]) -> None:
+        users = "jobs that are not finished" if jobs else "datasets that are being prepared"
+        super().__init__(
+            f"The tokenizer is used by {users}.",
+            tokenizer=tokenizer_id,
+            jobs=jobs,
+            datasets=datasets,
+            hint="wait for what uses it, or cancel it",
+        )
 
 
 class ModelInUseError(ServiceError):
-    """Jobs that are not finished start from this model."""
+    """Jobs that are not finished start from this model, or datasets are being tokenised with its tokenizer."""
 
     status = 409
     code = "model_in_use"
 
-    def __init__(self, model_id: str, jobs: list[str]) -> None:
-        super().__init__("The model is used by jobs that are not finished.", model=model_id, jobs=jobs)
+    def __init__(self, model_id: str, jobs: list[str], datasets: list[str]) -> None:
+        users = "jobs that are not finished" if jobs else "datasets that are being prepared"
+        super().__init__(
+            f"The model is used by {users}.",
+            model=model_id,
+            jobs=jobs,
+            datasets=datasets,
+            hint="wait for what uses it, or cancel it",
+        )
 
 
 class BuiltinModelError(ServiceError):
@@ -178,6 +350,16 @@ class StorageFullError(ServiceError):
 
     def __init__(self) -> None:
         super().__init__("There is no space left to store the file.")
+
+
+class PreparationFencedError(ServiceError):
+    """A preparer wrote about something that it no longer holds: its lease ran out, or the thing was deleted."""
+
+    status = 409
+    code = "preparation_fenced"
+
+    def __init__(self, what: str, attempt: int) -> None:
+        super().__init__(f"Attempt {attempt} no longer holds {what}.", what=what, attempt=attempt)
 
 
 class CheckpointDamagedError(ServiceError):

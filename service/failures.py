@@ -1,4 +1,6 @@
-"""Why jobs fail: every code that a job's `error` can have, and what to do about it (docs/reliability.md)."""
+"""Why jobs and preparations fail: every code that their `error` can have, and what to do about it
+(docs/reliability.md).
+"""
 
 from __future__ import annotations
 
@@ -21,6 +23,27 @@ HINTS: dict[str, str] = {
     "attempts_exhausted": "see the job's events for how each attempt ended",
 }
 """What a person can do, by code."""
+
+
+PREPARATION_HINTS: dict[str, str] = {
+    "dataset_invalid": "mend the dataset and upload it again",
+    "tokenizer_invalid": "send the tokenizer.json that the tokenizers library writes (Tokenizer.save)",
+    "tokenizer_too_large": "use a smaller one, or have SLIMTUNE_PREPARER_MEMORY_BYTES raised",
+    "tokenizer_missing": "the tokenizer or model was deleted meanwhile: name another one",
+    "model_invalid": "convert it again, or upload its safetensors and config.json",
+    "model_too_large": "upload its safetensors, or have SLIMTUNE_PREPARER_MEMORY_BYTES raised",
+    "document_too_large": "split the longest document, or have SLIMTUNE_PREPARER_MEMORY_BYTES raised",
+    "disk_full": "free space in the data directory: it is tried again by itself",
+    "preparation_crashed": "read the worker's log; POST /datasets/{id}/tokenizations, or another upload, tries again",
+    "preparation_timeout": "split the dataset, or have SLIMTUNE_PREPARER_SECONDS raised",
+    "worker_lost": HINTS["worker_lost"],
+}
+"""The same for what the preparer does in the background."""
+
+
+def preparation_error(code: str, message: str, **fields: Any) -> dict[str, Any]:
+    """The `error` of a tokenization, tokenizer or model. Raises KeyError for a code without a hint."""
+    return {"code": code, "message": message, "hint": PREPARATION_HINTS[code], **fields}
 
 
 def job_error(code: str, message: str, step: int, hint: str | None = None, **fields: Any) -> dict[str, Any]:

@@ -12,12 +12,13 @@ from typing import Any
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session, defer
 
-from service import base_models, datasets, events
+from service import base_models, datasets, events, tokenizations, tokenizers
 from service.errors import JobStateConflictError, NotFoundError
 from service.ids import is_id, new_id
 from service.models import Job
 from service.pages import newest_first
 from service.status import REQUESTS, TERMINAL, Action, Desired, JobStatus
+from service.tokenizers import TokenizerRef
 
 
 def create(
@@ -31,16 +32,20 @@ def create(
     dataset_id: str,
     validation_dataset_id: str | None = None,
     base_model_id: str | None = None,
+    tokenizer: TokenizerRef = tokenizers.BYTES,
     tenant: str = "default",
     request_id: str | None = None,
 ) -> Job:
     """A new queued job with its first events, the first of which names the request that asked for it.
 
-    `name`, `model` and `metadata` come from `spec`. Raises NotFoundError if a dataset or the base model is gone:
-    their rows stay locked against deletion until the transaction ends.
+    `name`, `model` and `metadata` come from `spec`. The tokens of its datasets are made by the preparer, unless the
+    trainer is first. Raises NotFoundError if a dataset, the base model or the tokenizer is gone: their rows stay locked
+    against deletion until the transaction ends.
     """
     for identifier in filter(None, (dataset_id, validation_dataset_id)):
         datasets.get(session, identifier, keep=True)
+        if tokenizer != tokenizers.BYTES:  # which were asked for when the dataset came
+            tokenizations.request(session, identifier, tokenizer)
     if base_model_id is not None:
         base_models.get(session, base_model_id, keep=True)
     job = Job(
@@ -61,6 +66,9 @@ def create(
         predicted_peak_bytes=plan["predicted_peak_bytes"],
         job_metadata=spec.get("metadata") or {},
         tenant=tenant,
+        tokenizer_key=tokenizer.key,
+        tokenizer_path=tokenizer.path,
+        tokenizer_id=tokenizer.name if is_id("tok", tokenizer.name) else None,
     )
     session.add(job)
     session.flush()

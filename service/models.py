@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import BigInteger, CheckConstraint, DateTime, ForeignKey, Identity, Index, Text, func, text
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from service.status import Desired, JobStatus
 
@@ -30,40 +30,136 @@ class Base(DeclarativeBase):
     }
 
 
+class Prepared:
+    """What the preparer makes in the background (preparations.py): columns of its queue, lease and fence."""
+
+    status: Mapped[str]
+    """pending, running, ready or failed."""
+    attempt: Mapped[int] = mapped_column(server_default="0")
+    failures: Mapped[int] = mapped_column(server_default="0")
+    """Attempts that ended without saying why."""
+    lease_until: Mapped[datetime | None]
+    retry_at: Mapped[datetime | None]
+    """Not before."""
+    worker: Mapped[str | None]
+
+    error: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+    """{code, message, hint, ...} of one that failed, or waits to be tried again."""
+    created_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+    finished_at: Mapped[datetime | None]
+
+
+def _prepared_args(table: str) -> tuple[CheckConstraint | Index, ...]:
+    return (
+        CheckConstraint("status IN ('pending', 'running', 'ready', 'failed')", name=f"{table}_status"),
+        CheckConstraint("(status = 'running') = (lease_until IS NOT NULL)", name=f"{table}_lease_while_running"),
+        Index(f"{table}_unfinished", "created_at", postgresql_where=text("status IN ('pending', 'running')")),
+    )
+
+
+class Tokenization(Prepared, Base):
+    """The token files of a dataset under one tokenizer."""
+
+    __tablename__ = "tokenizations"
+    __table_args__ = _prepared_args("tokenizations")
+
+    dataset_id: Mapped[str] = mapped_column(Id, ForeignKey("datasets.id", ondelete="CASCADE"), primary_key=True)
+    key: Mapped[str] = mapped_column(Id, primary_key=True)
+    """`bytes`, or what the tokenizer is by its content: two ids of one tokenizer share their files."""
+    tokenizer: Mapped[str]
+    """As it was asked for: `bytes`, or the id of a tokenizer or model."""
+    tokenizer_path: Mapped[str | None]
+    """Folder of its files, relative to the data folder; None for bytes."""
+    counts: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+    """What the token files' meta.json says, once they are there."""
+
+
+class Tokenizer(Prepared, Base):
+    """A tokenizer.json: uploaded, or trained on a dataset."""
+
+    __tablename__ = "tokenizers"
+    __table_args__ = (
+        *_prepared_args("tokenizers"),
+        CheckConstraint("source IN ('upload', 'trained')", name="tokenizers_source"),
+    )
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    name: Mapped[str]
+    source: Mapped[str]
+    key: Mapped[str | None]
+    """Of its content (Tokenization.key), once it is known."""
+    path: Mapped[str]
+    """Folder, relative to the data folder."""
+    vocab_size: Mapped[int | None]
+    wanted_vocab_size: Mapped[int | None]
+    """Of one that is trained."""
+    dataset_id: Mapped[str | None] = mapped_column(Id)
+    """What it is trained on. No foreign key: it outlives that."""
+
+
 class Dataset(Base):
-    """An uploaded text file, counted under the byte tokenizer (UTF-8 bytes and one border per document)."""
+    """An uploaded file; its counts where they were known when it arrived, under the byte tokenizer (UTF-8 bytes and one
+    border per document)."""
 
     __tablename__ = "datasets"
-    __table_args__ = (CheckConstraint("format IN ('txt', 'jsonl')", name="datasets_format"),)
+    __table_args__ = (
+        CheckConstraint("format IN ('txt', 'jsonl', 'parquet')", name="datasets_format"),
+        CheckConstraint("compression IN ('gzip', 'zstd')", name="datasets_compression"),
+        CheckConstraint("kind IN ('text', 'prompt_completion', 'messages')", name="datasets_kind"),
+    )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
     name: Mapped[str]
     filename: Mapped[str]
     """The client's name for the file, cleaned; metadata only."""
     format: Mapped[str]
+    compression: Mapped[str | None]
+    kind: Mapped[str | None]
+    """Of its documents; None until the preparer has read a .parquet."""
     bytes: Mapped[int]
-    documents: Mapped[int]
-    tokens: Mapped[int]
-    longest_document_tokens: Mapped[int]
+    documents: Mapped[int | None]
+    tokens: Mapped[int | None]
+    longest_document_tokens: Mapped[int | None]
     sha256: Mapped[str]
     problems: Mapped[list[dict[str, Any]]]
     """Remarks that did not prevent the upload: [{line, reason}]."""
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    tokenizations: Mapped[list[Tokenization]] = relationship(
+        lazy="selectin", order_by=Tokenization.created_at, passive_deletes=True
+    )
 
 
-class Model(Base):
-    """The output of a succeeded job: a checkpoint folder to start other jobs from."""
+class Model(Prepared, Base):
+    """A folder of weights to start jobs from: uploaded, or the output of a succeeded job."""
 
     __tablename__ = "models"
+    __table_args__ = (
+        *_prepared_args("models"),
+        CheckConstraint("kind IN ('output', 'upload')", name="models_kind"),
+        CheckConstraint("(kind = 'output') = (job_id IS NOT NULL AND step IS NOT NULL)", name="models_job"),
+        CheckConstraint("status <> 'ready' OR config IS NOT NULL AND layout IS NOT NULL", name="models_described"),
+    )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
     name: Mapped[str]
-    job_id: Mapped[str] = mapped_column(Id, ForeignKey("jobs.id"), index=True)
-    step: Mapped[int]
-    config: Mapped[dict[str, Any]]
+    kind: Mapped[str]
+    job_id: Mapped[str | None] = mapped_column(Id, ForeignKey("jobs.id"), index=True)
+    """Whose output it is, ..."""
+    step: Mapped[int | None]
+    """... and after which of its steps."""
+    config: Mapped[dict[str, Any] | None]
+    """None until a .gguf is converted, and so `layout`."""
+    layout: Mapped[str | None]
+    """Whose names the tensors have (slim_core.weights.layout)."""
     path: Mapped[str]
-    """Relative to the data folder."""
-    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    """Folder, relative to the data folder."""
+    files: Mapped[list[dict[str, Any]] | None]
+    """Of an upload, as they came: [{name, bytes, sha256}]."""
+    bytes: Mapped[int | None]
+    """Of these."""
+    tokenizer_key: Mapped[str | None] = mapped_column(Id)
+    """Of the tokenizer that comes with it (Tokenization.key); None for bytes."""
+    tokenizer_path: Mapped[str | None]
 
 
 class Job(Base):
@@ -132,6 +228,12 @@ class Job(Base):
     """When that attempt began."""
     blocked_since: Mapped[datetime | None]
     """When it was its turn for the first time, in this stay in the queue, and it did not fit."""
+    tokenizer_key: Mapped[str] = mapped_column(Id, server_default="bytes")
+    """Which token files of its datasets it reads (Tokenization.key)."""
+    tokenizer_path: Mapped[str | None]
+    """Folder of its tokenizer, relative to the data folder; None for bytes."""
+    tokenizer_id: Mapped[str | None] = mapped_column(Id)
+    """The tokenizer that the request named, if it named one."""
 
 
 class Device(Base):

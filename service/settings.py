@@ -41,6 +41,10 @@ class Settings(DatabaseSettings):
     port: int = Field(default=8000, ge=0, le=65_535)
     max_upload_bytes: int = Field(default=2 * 1024**3, ge=1)
     """Largest dataset file that the API takes."""
+    max_model_bytes: int = Field(default=16 * 1024**3, ge=1)
+    """Largest base model that the API takes, all its files together."""
+    max_expanded_bytes: int = Field(default=64 * 1024**3, ge=1)
+    """Largest text that a compressed dataset file may stand for."""
     trainer_threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
     worker_slots: int = Field(default=4, ge=1, le=64)
     """Jobs that one device runs at once, at most; the sum of their caps is the other limit."""
@@ -54,6 +58,10 @@ class Settings(DatabaseSettings):
     """How long a run may stay silent before another worker may take the job."""
     heartbeat_seconds: float = Field(default=5, gt=0, allow_inf_nan=False)
     sweep_seconds: float = Field(default=10, gt=0, allow_inf_nan=False)
+    preparer_memory_bytes: int = Field(default=300_000_000, ge=1)
+    """What the process may hold that makes a dataset's tokens, or trains or checks a tokenizer."""
+    preparer_seconds: float = Field(default=6 * 3_600, gt=0, allow_inf_nan=False)
+    """How long that process may take."""
     self_kill_seconds: float = Field(default=60, gt=0, allow_inf_nan=False)
     """How long a supervisor may fail to renew its lease before it kills its own trainer."""
 

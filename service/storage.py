@@ -1,6 +1,9 @@
 """Files below the data folder: uploads, checkpoints, and how both come and go without leaving halves behind.
 
-    datasets/<dataset_id>/data.<txt|jsonl>
+    datasets/<dataset_id>/data.<txt|jsonl|parquet>[.gz|.zst]
+    datasets/<dataset_id>/tokens-<tokenizer key>/...
+    tokenizers/<tokenizer_id>/tokenizer.json, tokenizer_config.json
+    models/<model_id>/...                       uploaded; of a .gguf, the folder converted/ is the model
     jobs/<job_id>/checkpoints/attempt-0002/step-00000040/...
     jobs/<job_id>/attempt-<n>.stderr
     tmp/                                        uploads on their way, folders being deleted
@@ -18,14 +21,26 @@ import shutil
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from service.errors import StorageFullError, UploadTooLargeError
 
+_COMPRESSION_SUFFIXES = {None: "", "gzip": ".gz", "zstd": ".zst"}
 
-def dataset_path(dataset_id: str, file_format: str) -> str:
+
+def dataset_path(dataset_id: str, file_format: str, compression: str | None = None) -> str:
     """Relative path of a dataset's file."""
-    return f"datasets/{dataset_id}/data.{file_format}"
+    return f"datasets/{dataset_id}/data.{file_format}{_COMPRESSION_SUFFIXES[compression]}"
+
+
+def tokens_dir(dataset_id: str, tokenizer_key: str) -> str:
+    """Relative path of the folder with a dataset's tokens under one tokenizer."""
+    return f"datasets/{dataset_id}/tokens-{tokenizer_key}"
+
+
+def tokenizer_dir(tokenizer_id: str) -> str:
+    """Relative path of an uploaded or trained tokenizer's folder."""
+    return f"tokenizers/{tokenizer_id}"
 
 
 def checkpoints_dir(job_id: str) -> str:
@@ -43,6 +58,16 @@ def attempt_dir(job_id: str, attempt: int) -> str:
 def stderr_path(job_id: str, attempt: int) -> str:
     """Relative path of the log of one attempt's trainer."""
     return f"jobs/{job_id}/attempt-{attempt}.stderr"
+
+
+def model_path(model_id: str) -> str:
+    """Relative path of the folder of an uploaded model's files, as they came."""
+    return f"models/{model_id}"
+
+
+def converted_path(model_id: str) -> str:
+    """Relative path of the folder that an uploaded .gguf is converted into."""
+    return f"{model_path(model_id)}/converted"
 
 
 class Storage:
@@ -64,6 +89,14 @@ class Storage:
         try:
             self._tmp.mkdir(parents=True, exist_ok=True)
             return Upload(self._tmp / f"upload-{secrets.token_hex(8)}", limit_bytes)
+        except OSError as error:
+            raise _translated(error) from error
+
+    def folder_upload(self, limit_bytes: int) -> FolderUpload:
+        """A folder to write an upload of several files into; use it as a context manager. Raises StorageFullError."""
+        try:
+            self._tmp.mkdir(parents=True, exist_ok=True)
+            return FolderUpload(self._tmp / f"upload-{secrets.token_hex(8)}", limit_bytes)
         except OSError as error:
             raise _translated(error) from error
 
@@ -130,17 +163,21 @@ class Upload:
         except OSError as error:
             raise _translated(error) from error
 
-    def commit(self, destination: Path) -> None:
-        """Make the file durable at `destination`: synced, renamed, the folders synced. Raises StorageFullError."""
+    def seal(self) -> None:
+        """No more bytes: those that came are on disk. Raises StorageFullError."""
+        if self._file.closed:
+            return
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            self._temporary.rename(destination)
-            for folder in (destination.parent, destination.parent.parent):
-                sync_folder(folder)
+            self._file.close()
         except OSError as error:
             raise _translated(error) from error
+
+    def commit(self, destination: Path) -> None:
+        """Make the file durable at `destination`: synced, renamed, the folders synced. Raises StorageFullError."""
+        self.seal()
+        _move(self._temporary, destination)
 
     def __enter__(self) -> Self:
         return self
@@ -154,6 +191,81 @@ class Upload:
         except OSError:  # the buffer did not fit on a full disk; the file is unlinked already
             if kind is None:
                 raise
+
+
+class FolderUpload:
+    """Files being written into one folder: temporary until `commit`, gone if the block ends without one."""
+
+    def __init__(self, temporary: Path, limit_bytes: int) -> None:
+        """`limit_bytes` for all files together."""
+        self.folder = temporary
+        self._limit_bytes = limit_bytes
+        self._files: dict[str, Upload] = {}
+        self.bytes = 0
+        temporary.mkdir()
+
+    @property
+    def files(self) -> list[dict[str, Any]]:
+        """{name, bytes, sha256} of each file that has begun, in that order."""
+        return [{"name": name, "bytes": file.bytes, "sha256": file.sha256} for name, file in self._files.items()]
+
+    def begin(self, name: str, limit_bytes: int) -> None:
+        """A file of this name follows, of at most `limit_bytes`; it must not have begun before.
+
+        Raises StorageFullError.
+        """
+        self.seal()
+        try:
+            self._files[name] = Upload(self.folder / name, limit_bytes)
+        except OSError as error:
+            raise _translated(error) from error
+
+    def write(self, data: bytes) -> None:
+        """Append to the file that began last. Raises UploadTooLargeError, StorageFullError."""
+        self.bytes += len(data)
+        if self.bytes > self._limit_bytes:
+            raise UploadTooLargeError(self._limit_bytes)
+        self._last.write(data)
+        os.utime(self.folder)  # for clean_temporary: it is not one that a crash has left
+
+    def seal(self) -> None:
+        """The file that began last is whole and on disk. Raises StorageFullError."""
+        if self._files:
+            self._last.seal()
+
+    def commit(self, destination: Path) -> None:
+        """Make the folder with all its files durable at `destination`. Raises StorageFullError."""
+        self.seal()
+        try:
+            sync_folder(self.folder)
+        except OSError as error:
+            raise _translated(error) from error
+        _move(self.folder, destination)
+
+    @property
+    def _last(self) -> Upload:
+        return next(reversed(self._files.values()))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._files:
+            self._last.__exit__(kind, error, trace)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _move(temporary: Path, destination: Path) -> None:
+    """Give a file or folder its name, which no power cut takes back. Raises StorageFullError."""
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        temporary.rename(destination)
+        for folder in (destination.parent, destination.parent.parent):
+            sync_folder(folder)
+    except OSError as error:
+        raise _translated(error) from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -383,6 +383,8 @@ class TrainConfig(_Json):
     """How documents become sequences of T tokens. Cut from all of them in a row, attention seeing the end of the one
     before; the same, but attention and positions start afresh with each document; or one document a sequence, the rest
     of which has no loss, and documents longer than T in several."""
+    validation_fraction: float | None = None
+    """Share of the documents, drawn by the seed, that is kept from training, for validation losses."""
     compile: bool = False
     """Let torch.compile generate code for what lies between matrix products; falls back with a warning."""
     gradient_clip: float | None = 1.0
@@ -404,6 +406,11 @@ class TrainConfig(_Json):
             _require(getattr(self, name) is None or getattr(self, name) >= 1, name, "must be at least 1")
         for name in ("dropout", "label_smoothing"):
             _require(0 <= getattr(self, name) < 1, name, "must be at least 0 and below 1")
+        _require(
+            self.validation_fraction is None or 0 < self.validation_fraction <= 0.5,
+            "validation_fraction",
+            "must be above 0 and at most 0.5",
+        )
         _require(self.gradient_clip is None or self.gradient_clip > 0, "gradient_clip", "must be positive")
         _require(
             self.early_stopping is None or self.evaluate_every is not None, "early_stopping", "needs evaluate_every"

@@ -1,4 +1,4 @@
-"""Sampling from a checkpoint with a recurrent state: memory does not grow with the text.
+"""Sampling from a checkpoint with a recurrent state: memory does not grow with the text, unless attention is softmax.
 
 python -m slim_core.generate FOLDER --prompt "def " --tokens 200
 """
@@ -74,7 +74,7 @@ def generate(
         max_tokens = min(max_tokens, limit - len(prompt) + 1)
     generator = torch.Generator().manual_seed(sampling.seed)
     device = next(model.parameters()).device
-    states = model.initial_states(batch=1)
+    states = model.initial_states(1, len(prompt) + max_tokens)
     tokens = torch.tensor([list(prompt)], device=device)
     for span in ChunkSpans(len(prompt), PROMPT_CHUNK):
         if time.monotonic() > deadline:

@@ -15,6 +15,7 @@ from service.settings import load_settings
 from worker import device
 from worker.calibrator import calibrate
 from worker.environment import SPIN_COUNT
+from worker.preparer import Preparer
 
 app = celery_app(
     load_settings().redis_url,
@@ -26,6 +27,9 @@ app = celery_app(
 
 _controllers: list[Any] = []
 """The worker of this process, once it is set up. A list because Celery's shutdown signal does not carry it."""
+
+_preparers: list[Preparer] = []
+"""The preparer of this process, while there is one."""
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +72,27 @@ def calibrate_once(sender: str, **_: Any) -> None:
         calibrate(bind, settings, sender)
     finally:
         bind.dispose()
+
+
+@signals.worker_ready.connect  # type: ignore[untyped-decorator]
+def start_preparer(sender: Any, **_: Any) -> None:
+    """After the calibration, which wants the machine for itself."""
+    settings = load_settings()
+    _preparers[:] = [Preparer(database.engine(settings), settings, str(sender.hostname))]
+    _preparers[0].start()
+
+
+@signals.worker_shutting_down.connect  # type: ignore[untyped-decorator]
+def stop_preparer(**_: Any) -> None:
+    """Its work goes to another worker at once."""
+    for preparer in _preparers:
+        preparer.stop()
+
+
+@signals.worker_shutdown.connect  # type: ignore[untyped-decorator]
+def await_preparer(**_: Any) -> None:
+    for preparer in _preparers:
+        preparer.join()
 
 
 @signals.worker_shutting_down.connect  # type: ignore[untyped-decorator]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from worker.environment import trainer_environment
 from worker.lease import LeaseLostError, Watchdog
 from worker.ledger import RETRY_SECONDS, Event, Ledger
 from worker.memory_watch import MemoryWatch
-from worker.messages import Device, Done, Failure, ProtocolError, Started, parse
+from worker.messages import Data, Device, Done, Failure, ProtocolError, Started, parse
 from worker.outcome import MEMORY_CODE, Ending
 from worker.process import TrainerProcess, tail
 from worker.resume import damage, strays
@@ -169,6 +170,9 @@ class Attempt:
             "memory_cap_bytes": self._job.memory_cap_bytes,
             "dataset_path": absolute(self._job.dataset_path),
             "validation_path": absolute(self._job.validation_path),
+            "tokenizer": absolute(self._job.tokenizer_path),
+            "validation_fraction": self._job.train.get("validation_fraction"),
+            "names": self._job.names,
             "checkpoints_dir": str(folder),
             "resume_from": None if resume_from is None else str(resume_from),
             "initial_weights": absolute(self._job.initial_weights_path),
@@ -195,6 +199,8 @@ class Attempt:
             case Device(name):
                 if name != "cpu":  # the cap is one of the device's memory, and its allocator keeps it
                     memory.stop()
+            case Data() as data:
+                self._ledger.add(Event("data", asdict(data)))
             case Started(step):
                 self._ledger.add(Event("training", {"step": step}))
             case Done() as done:

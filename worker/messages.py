@@ -11,7 +11,9 @@ from typing import Any
 
 from service.failures import HINTS
 
-_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_FILE_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]{0,127}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+"""Of a checkpoint's folder, or of one folder in it."""
+_MAX_COUNTS = 32
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -24,6 +26,15 @@ class Started:
     """Model and data are loaded; training goes on from `step`."""
 
     step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """What becomes of the documents in an epoch, by the names of slim_core's DataReport: how many are cut, left out and
+    padded."""
+
+    training: dict[str, int]
+    validation: dict[str, int] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +79,7 @@ class Metric:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """A validation loss after `step`."""
+    """A validation loss after `step`, 0 for the weights that training starts from."""
 
     step: int
     loss: float
@@ -102,7 +113,7 @@ class Failure:
     peak_bytes: int | None
 
 
-Message = Device | Started | Probed | Metric | Evaluation | Checkpoint | GradientCheck | Done | Failure
+Message = Device | Data | Started | Probed | Metric | Evaluation | Checkpoint | GradientCheck | Done | Failure
 
 
 def parse(line: bytes) -> Message:
@@ -132,6 +143,17 @@ def _optional_number(value: Any) -> float | None:
 
 def _optional_integer(value: Any) -> int | None:
     return None if value is None else _integer(value)
+
+
+def _counts(value: Any) -> dict[str, int]:
+    if not isinstance(value, dict) or not 0 < len(value) <= _MAX_COUNTS:
+        raise ValueError(f"not counts: {value!r}")
+    return {str(name): _integer(count) for name, count in value.items()}
+
+
+def _data(fields: dict[str, Any]) -> Data:
+    validation = fields.get("validation")
+    return Data(_counts(fields["training"]), None if validation is None else _counts(validation))
 
 
 def _metric(fields: dict[str, Any]) -> Metric:
@@ -176,6 +198,7 @@ def _failure(fields: dict[str, Any]) -> Failure:
 
 _PARSERS: dict[str, Callable[[dict[str, Any]], Message]] = {
     "device": lambda fields: Device(str(fields["name"])),
+    "data": _data,
     "started": lambda fields: Started(_integer(fields["step"])),
     "probed": lambda fields: Probed(_integer(fields["peak_bytes"])),
     "gradient_check": lambda fields: GradientCheck(

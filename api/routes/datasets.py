@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, BackgroundTasks, Query, Request, Response
+from fastapi import APIRouter, BackgroundTasks, Body, Query, Request, Response
 
 from api.dependencies import ContextDep, Limit, SessionDep
 from api.problems import documented
-from api.responses import DatasetResponse, Page
+from api.responses import DatasetResponse, Page, TokenizationResponse
+from api.schemas import TOKENIZATION_EXAMPLES, TokenizationRequest
 from api.uploads import receive_upload
 from service import datasets
 from service.datasets import DatasetUpload
-from service.models import Dataset
 
 router = APIRouter(prefix="/datasets", tags=["datasets"])
 
@@ -25,8 +25,16 @@ UPLOAD_BODY: dict[str, Any] = {
                     "type": "object",
                     "required": ["file"],
                     "properties": {
-                        "file": {"type": "string", "format": "binary", "description": "UTF-8, .txt or .jsonl."},
+                        "file": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": ".txt, .jsonl or .parquet, after which .gz or .zst may follow.",
+                        },
                         "name": {"type": "string", "maxLength": 200, "description": "Default: the file's name."},
+                        "tokenizer": {
+                            "type": "string",
+                            "description": "Id of a tokenizer, or of a model for its own: have the tokens made by it.",
+                        },
                     },
                 }
             }
@@ -40,47 +48,69 @@ UPLOAD_BODY: dict[str, Any] = {
     status_code=201,
     response_model=DatasetResponse,
     summary="Upload a dataset",
-    responses=documented(408, 413, 422, 507),
+    responses=documented(404, 408, 409, 413, 422, 507),
     openapi_extra=UPLOAD_BODY,
 )
-async def upload(request: Request, response: Response, context: ContextDep) -> Dataset:
-    """Stream a file into the store: `.txt` is one document, `.jsonl` has `{"text": "..."}` on each line.
+async def upload(request: Request, response: Response, context: ContextDep) -> DatasetResponse:
+    """Stream a file into the store. `.txt` is one document; each line of `.jsonl`, and each row of `.parquet`, is one:
+    `{"text": "..."}`, `{"prompt": "...", "completion": "..."}` (the loss is the completion's) or `{"messages":
+    [{"role": "...", "content": "..."}, ...]}` (the loss is the assistant's).
 
-    The whole file is checked while it arrives. If a line is broken, the answer lists the first 20 with their numbers
-    and nothing is stored.
+    Text and lines are checked while they arrive, compressed or not. If a line is broken, the answer lists the first 20
+    with their numbers and nothing is stored. A worker then makes the tokens: see `tokenizations`.
     """
 
     def open_sink(filename: str) -> DatasetUpload:
-        return DatasetUpload(context.storage, filename, context.settings.max_upload_bytes)
+        settings = context.settings
+        return DatasetUpload(context.storage, filename, settings.max_upload_bytes, settings.max_expanded_bytes)
 
-    def store(sink: DatasetUpload, name: str | None) -> Dataset:
-        return sink.store(context.engine, name)
+    def store(sink: DatasetUpload, name: str | None, tokenizer: str | None) -> DatasetResponse:
+        return DatasetResponse.of_row(sink.store(context.engine, name, tokenizer))
 
-    dataset = await receive_upload(request, open_sink, store)
+    dataset = await receive_upload(request, open_sink, store, ("name", "tokenizer"))
     response.headers["Location"] = f"/datasets/{dataset.id}"
     return dataset
 
 
-@router.get("", response_model=Page[DatasetResponse], summary="List datasets", responses=documented(422))
+@router.get("", summary="List datasets", responses=documented(422))
 def list_page(
     session: SessionDep,
     after: Annotated[
         str | None, Query(pattern="^ds_[0-9a-f]{32}$", description="The last id of the page before.")
     ] = None,
     limit: Limit = 20,
-) -> dict[str, Any]:
+) -> Page[DatasetResponse]:
     """Newest first."""
     rows, has_more = datasets.page(session, after, limit)
-    return {"data": rows, "has_more": has_more}
+    return Page[DatasetResponse](data=[DatasetResponse.of_row(row) for row in rows], has_more=has_more)
 
 
-@router.get("/{dataset_id}", response_model=DatasetResponse, summary="Get a dataset", responses=documented(404))
-def get(dataset_id: str, session: SessionDep) -> Dataset:
-    return datasets.get(session, dataset_id)
+@router.get("/{dataset_id}", summary="Get a dataset", responses=documented(404))
+def get(dataset_id: str, session: SessionDep) -> DatasetResponse:
+    return DatasetResponse.of_row(datasets.get(session, dataset_id))
+
+
+@router.post(
+    "/{dataset_id}/tokenizations",
+    status_code=202,
+    summary="Have a dataset's tokens made",
+    responses=documented(400, 404, 409, 413, 422),
+)
+def tokenize(
+    dataset_id: str,
+    request: Annotated[TokenizationRequest, Body(openapi_examples=TOKENIZATION_EXAMPLES)],
+    response: Response,
+    session: SessionDep,
+) -> TokenizationResponse:
+    """By another tokenizer. A worker does it in the background; `GET /datasets/{id}` shows how far it is. Asking twice
+    is fine, and asking for one that failed tries again."""
+    tokenization = TokenizationResponse.of_row(datasets.tokenize(session, dataset_id, request.tokenizer))
+    response.headers["Location"] = f"/datasets/{dataset_id}"
+    return tokenization
 
 
 @router.delete("/{dataset_id}", status_code=204, summary="Delete a dataset", responses=documented(404, 409))
 def delete(dataset_id: str, session: SessionDep, context: ContextDep, background: BackgroundTasks) -> None:
-    """Refused while a job that is not finished reads it."""
+    """With its tokens. Refused while a job that is not finished reads it, or a tokenizer is trained on it."""
     folder = datasets.delete(session, dataset_id)
     background.add_task(context.storage.remove, folder)

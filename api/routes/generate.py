@@ -11,10 +11,9 @@ from starlette.responses import Response
 from api import sampler
 from api.dependencies import ContextDep, SessionDep
 from api.errors import InvalidRequestError
+from api.generation import GENERATE_EXAMPLES, GenerateRequest, GenerateResponse
 from api.problems import documented
-from api.responses import GenerateResponse
 from api.samples import Sample
-from api.schemas import GENERATE_EXAMPLES, GenerateRequest
 from service import checkpoints, jobs
 from service.errors import GenerateUnavailableError
 

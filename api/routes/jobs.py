@@ -58,7 +58,7 @@ def create(
     spec = request.model_dump(mode="json")
 
     def new_job() -> idempotency.Created:
-        planned = workload.resolve(session, request)
+        planned = workload.resolve(session, request, context.storage)
         job = jobs.create(
             session,
             spec=spec,
@@ -69,6 +69,7 @@ def create(
             dataset_id=request.dataset,
             validation_dataset_id=request.validation_dataset,
             base_model_id=planned.base_model_id,
+            tokenizer=planned.tokenizer,
             request_id=request_id,
         )
         return idempotency.Created(job.id, JobResponse.of_row(job).model_dump_json())

@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Body
 
 from api import workload
-from api.dependencies import SessionDep
+from api.dependencies import ContextDep, SessionDep
 from api.problems import documented
 from api.responses import PlanAnswer
 from api.schemas import PLAN_EXAMPLES, PlanRequest
@@ -15,13 +15,16 @@ from api.schemas import PLAN_EXAMPLES, PlanRequest
 router = APIRouter(prefix="/plans", tags=["plans"])
 
 
-@router.post("", summary="Plan a job without running it", responses=documented(400, 404, 413, 422))
-def create(request: Annotated[PlanRequest, Body(openapi_examples=PLAN_EXAMPLES)], session: SessionDep) -> PlanAnswer:
+@router.post("", summary="Plan a job without running it", responses=documented(400, 404, 409, 413, 422))
+def create(
+    request: Annotated[PlanRequest, Body(openapi_examples=PLAN_EXAMPLES)], session: SessionDep, context: ContextDep
+) -> PlanAnswer:
     """The plan that a job with this body would get, with its memory by cause and all the alternatives worth having.
 
-    Stores nothing. If nothing fits, the problem `memory_cap_infeasible` says what would.
+    Stores nothing, though it may have a worker count a dataset's tokens (409 `dataset_not_tokenized`). If nothing fits,
+    the problem `memory_cap_infeasible` says what would.
     """
-    planned = workload.resolve(session, request)
+    planned = workload.resolve(session, request, context.storage)
     return PlanAnswer.model_validate(
         {**planned.plan.to_json(), "memory_cap_bytes": request.memory_cap, "total_steps": planned.train.steps}
     )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from api import uploads
 from api.errors import InvalidRequestError, UploadStalledError
-from api.uploads import Form, open_form
+from api.uploads import FileStart, Form, open_form
 
 TYPE = "multipart/form-data; boundary=edge"
 
@@ -43,17 +43,26 @@ def body(*parts: bytes) -> bytes:
     return b"".join(parts) + b"--edge--\r\n"
 
 
-def feed(form: Form, data: bytes, size: int) -> bytes:
-    return b"".join(chunk for at in range(0, len(data), size) for chunk in form.feed(data[at : at + size]))
+def feed(form: Form, data: bytes, size: int) -> list[tuple[str, bytes]]:
+    """The files, in the order in which they began."""
+    files: list[tuple[str, bytes]] = []
+    for at in range(0, len(data), size):
+        for piece in form.feed(data[at : at + size]):
+            if isinstance(piece, FileStart):
+                files.append((piece.filename, b""))
+            else:
+                files[-1] = (files[-1][0], files[-1][1] + piece)
+    return files
 
 
-@given(st.binary(max_size=200), st.integers(1, 50), st.booleans())
-def test_the_bytes_come_out_however_they_arrive(content: bytes, size: int, name_first: bool) -> None:
-    content = content.replace(b"edge", b"")
-    parts = [part("name", "caf\u00e9".encode()), part("file", content, "a.txt")]
-    form = open_form(TYPE)
-    assert feed(form, body(*(parts if name_first else parts[::-1])), size) == content
-    assert (form.filename, form.name, form.complete) == ("a.txt", "caf\u00e9", True)
+@given(st.lists(st.binary(max_size=200), min_size=1, max_size=3), st.integers(1, 50), st.integers(0, 3))
+def test_the_bytes_come_out_however_they_arrive(contents: list[bytes], size: int, name_at: int) -> None:
+    files = [(f"{number}.txt", content.replace(b"edge", b"")) for number, content in enumerate(contents)]
+    parts = [part("file", content, filename) for filename, content in files]
+    parts.insert(name_at, part("name", "caf\u00e9".encode()))
+    form = open_form(TYPE, max_files=3)
+    assert feed(form, body(*parts), size) == files
+    assert (form.files, form.name, form.complete) == (len(files), "caf\u00e9", True)
 
 
 @pytest.mark.parametrize(

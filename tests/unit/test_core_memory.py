@@ -19,17 +19,9 @@ from slim_core.memory import is_out_of_memory
 from slim_core.model import LanguageModel
 from slim_core.optim import make_optimizer, optimizer_tensors
 from slim_core.planning import Chunking, Workload, default_calibration, plan_job
-from slim_core.planning.memory_model import (
-    DOUBLE,
-    FLOAT,
-    num_frozen,
-    num_trained,
-    optimizer_bytes,
-    saved_in_blocks,
-    saved_sites,
-    state_bytes,
-    update_bytes,
-)
+from slim_core.planning.memory_model import DOUBLE, optimizer_bytes, state_bytes, update_bytes
+from slim_core.planning.shapes import num_frozen, num_trained
+from slim_core.planning.sites import FLOAT, saved_in_blocks, saved_sites
 from slim_core.tensor_heap import library_path
 from slim_core.weights.lora import add_adapters
 from tests.unit.core_support import small_config, write_text
@@ -279,6 +271,16 @@ def test_the_prediction_covers_every_option(name: str, text: Path) -> None:
 
 
 ADAPTED = {"lora": {"rank": 8, "targets": ["key_value", "mlp_out"]}}
+LLAMA = {
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "norm_type": "rms",
+    "activation": "swiglu",
+    "mlp_bias": False,
+    "positions": "rotary",
+    "scaled_embeddings": False,
+    "tied_embeddings": True,
+}
 
 
 @pytest.mark.parametrize(
@@ -294,6 +296,9 @@ ADAPTED = {"lora": {"rank": 8, "targets": ["key_value", "mlp_out"]}}
         ({"feature_map": "elu1"}, {}),
         ({"feature_map": "relu"}, {}),
         ({"feature_map": "favor", "num_features": 96}, {}),
+        ({"num_kv_heads": 1, "norm_type": "rms", "activation": "swiglu", "mlp_bias": False}, {}),
+        (LLAMA | {"feature_map": "favor", "num_features": 96}, {}),
+        (LLAMA | {"feature_map": "favor", "num_features": 96}, ADAPTED | {"precision": "bfloat16"}),
         ({}, {"dropout": 0.1}),
         ({}, {"precision": "bfloat16"}),
         ({"feature_map": "favor", "num_features": 96, "positions": "rotary"}, {"precision": "bfloat16"}),
@@ -324,7 +329,7 @@ def test_the_sites_are_what_autograd_saves(changes: dict[str, Any], options: dic
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    states = [state.requires_grad_() for state in model.initial_states(1)]
+    states = [state.requires_grad_() for state in model.initial_states(1, length)]
     apart |= {state.untyped_storage().data_ptr() for state in states}
     tokens = torch.zeros(1, length, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -376,7 +381,13 @@ def test_the_update_holds_what_is_counted(changes: dict[str, Any], optimizer: An
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "sgd"])
 @pytest.mark.parametrize("targets", [None, ("query",), ("key_value", "output", "mlp_in", "mlp_out")])
 @pytest.mark.parametrize(
-    "changes", [{}, {"activation": "swiglu", "tied_embeddings": True, "attention_bias": True}, {"positions": "learned"}]
+    "changes",
+    [
+        {},
+        {"activation": "swiglu", "tied_embeddings": True, "attention_bias": True},
+        {"positions": "learned", "attention": "softmax", "output_bias": True, "activation": "gelu_tanh"},
+        {"norm_type": "rms", "num_kv_heads": 1, "mlp_bias": False},
+    ],
 )
 def test_the_planner_counts_weights_and_state(changes: dict[str, Any], targets: Any, optimizer: Any) -> None:
     config = small_config(**changes)
@@ -397,6 +408,15 @@ def test_the_planner_counts_weights_and_state(changes: dict[str, Any], targets: 
 def test_stride_keeps_about_two_roots_of_n() -> None:
     model = ModelConfig(num_layers=2, model_width=64, num_heads=2, mlp_width=128)
     state = model.num_layers * model.state_size
-    keep, stride, reverse = (state_bytes(model, policy, 100, 1) for policy in ("keep", "stride", "reverse"))
+    keep, stride, reverse = (
+        state_bytes(model, training(8, 1), policy, 100, 1) for policy in ("keep", "stride", "reverse")
+    )
     assert keep - reverse == (FLOAT * 99 - DOUBLE) * state
     assert stride - reverse == (FLOAT * 10 + DOUBLE * 9) * state
+
+
+def test_reverse_keeps_the_sets_before_documents_that_may_begin_anywhere() -> None:
+    model = ModelConfig(num_layers=2, model_width=64, num_heads=2, mlp_width=128)
+    packed = training(8, 1, packing="packed")
+    more = state_bytes(model, packed, "reverse", 100, 1) - state_bytes(model, training(8, 1), "reverse", 100, 1)
+    assert more == 98 * DOUBLE * model.num_layers * model.state_size

@@ -33,13 +33,13 @@ from slim_core.planning import (
     MemoryCapInfeasibleError,
     Plan,
     Workload,
-    choose,
     default_calibration,
     plan_job,
     plan_with_lessons,
 )
-from slim_core.planning.choose import LONGEST_SEQUENCE
+from slim_core.planning import schedules as considered
 from slim_core.planning.costs import Overheads, Update, uniform_costs
+from slim_core.planning.longest import LONGEST_SEQUENCE
 from slim_core.planning.memory_model import Schedule, predict_peak
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -371,7 +371,7 @@ def test_a_plan_takes_few_evaluations(monkeypatch: pytest.MonkeyPatch, cap: int,
         evaluated.append(schedule)
         return predict_peak(workload, schedule, calibration)
 
-    monkeypatch.setattr(choose, "predict_peak", counted)
+    monkeypatch.setattr(considered, "predict_peak", counted)
     assert fits(HARD, cap, chunking=chunking) == (cap == 8192 * MIB)
     assert len(evaluated) <= 160
 
@@ -382,11 +382,11 @@ def test_no_schedule_that_is_left_out_would_win(batch_size: int, sequence_length
     """Several sequences at once in chunks: one with longer chunks does the same in less memory."""
     workload = changed(PTB, batch_size=batch_size, sequence_length=sequence_length)
     everything = [
-        choose._candidate(workload, schedule, CALIBRATION)
+        considered.candidate(workload, schedule, CALIBRATION)
         for exponent in range(4, sequence_length.bit_length())
         for length in {1 << exponent, min(3 << exponent - 1, sequence_length), sequence_length}
         for chunking in [Chunking(length, "keep"), Chunking(length, "reverse")]
-        for schedule in choose.schedules(workload, chunking, None)
+        for schedule in considered.schedules(workload, chunking, None)
     ]
     assert any(c.schedule.micro_batch_size > 1 and c.schedule.chunk_length < sequence_length for c in everything)
     for cap in sorted(c.peak_bytes for c in everything)[::5]:

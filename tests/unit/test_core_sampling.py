@@ -117,12 +117,14 @@ def sample(model: LanguageModel, prompt: Iterable[int], **changes: Any) -> tuple
             return drawn, end.value
 
 
-def test_a_sample_is_what_the_whole_sequence_predicts(model: LanguageModel) -> None:
+@pytest.mark.parametrize("attention", ["performer", "softmax"])
+def test_a_sample_is_what_the_whole_sequence_predicts(attention: str) -> None:
+    model = LanguageModel(small_config(attention=attention)).initialize(0)
     prompt = [index % model.config.vocab_size for index in range(600)]  # more than is read at once
     drawn, reason = sample(model, prompt, max_tokens=5, sampling=Sampling(temperature=0))
     whole = torch.tensor([[*prompt, *drawn]])
     with torch.no_grad():
-        hidden = model.forward_chunk(whole, 0, model.initial_states(1)).hidden
+        hidden = model.forward_chunk(whole, 0, model.initial_states(1, whole.shape[1])).hidden
     assert model.logits(hidden[0, len(prompt) - 1 : -1]).argmax(-1).tolist() == drawn
     assert reason == "length"
 

@@ -14,9 +14,11 @@ from service import dataset_files
 from service.dataset_files import DatasetCounts, DatasetFormat, reader
 from service.errors import DatasetInvalidError
 
+LIMIT_BYTES = 1 << 30
+
 
 def read(file_format: DatasetFormat, *portions: bytes) -> DatasetCounts:
-    instance = reader(file_format)
+    instance = reader(file_format, None, LIMIT_BYTES)
     for portion in portions:
         instance.feed(portion)
     return instance.finish()
@@ -44,13 +46,13 @@ def test_jsonl_counts_do_not_depend_on_how_the_bytes_arrive(
     lines = [json.dumps({"text": text, "id": number}, ensure_ascii=escaped) for number, text in enumerate(documents)]
     sizes = [len(text.encode()) + 1 for text in documents]
     counts = read("jsonl", *cut("\n".join(lines).encode(), places))
-    assert counts == DatasetCounts(len(documents), sum(sizes), max(sizes))
+    assert counts == DatasetCounts("text", len(documents), sum(sizes), max(sizes))
 
 
 @given(st.text(min_size=1, max_size=50), st.lists(st.integers(0, 1_000), max_size=6))
 def test_a_txt_file_is_one_document_of_its_bytes(text: str, places: list[int]) -> None:
     data = text.encode("utf-8")
-    assert read("txt", *cut(data, places)) == DatasetCounts(1, len(data) + 1, len(data) + 1)
+    assert read("txt", *cut(data, places)) == DatasetCounts("text", 1, len(data) + 1, len(data) + 1)
 
 
 def test_a_bad_byte_in_a_txt_file_is_reported_by_its_line_even_across_portions() -> None:
@@ -66,8 +68,11 @@ def test_a_bad_byte_in_a_txt_file_is_reported_by_its_line_even_across_portions()
         (b'{"text": 5}', 'has no "text", or one that is not a string'),
         (b'{"text": "a"', "is not valid JSON: Expecting ',' delimiter at column 13"),
         (b'{"text": "\xff"}', "is not valid UTF-8"),
-        (b'{"text": "\\ud800"}', '"text" has half of a surrogate pair'),
+        (b'{"text": "\\ud800"}', "has half of a surrogate pair in a text"),
         (b"[" * 100_000, "is nested too deeply"),
+        (b'{"prompt": "a", "completion": "b"}', "is prompt_completion; the lines before it are text"),
+        (b'{"text": "a", "messages": []}', "is messages; the lines before it are text"),
+        (b'{"text": "a", "prompt": "b", "completion": "c"}', 'has both "text" and "prompt" with "completion"'),
         (b'{"n": ' + b"9" * 5_000 + b"}", "is not valid JSON: bad number"),
     ],
 )
@@ -102,4 +107,4 @@ def test_a_file_without_text_is_refused(file_format: DatasetFormat, data: bytes)
 
 
 def test_windows_line_ends_and_blank_lines_are_no_documents() -> None:
-    assert read("jsonl", b'{"text": "ab"}\r\n\r\n{"text": "c"}\r\n') == DatasetCounts(2, 5, 3)
+    assert read("jsonl", b'{"text": "ab"}\r\n\r\n{"text": "c"}\r\n') == DatasetCounts("text", 2, 5, 3)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from service.datasets import clean_filename
 from service.errors import StorageFullError, UploadTooLargeError
+from service.filenames import clean_filename
 from service.storage import Storage
 
 
@@ -131,3 +131,36 @@ def test_only_old_temporaries_are_cleaned(storage: Storage) -> None:
 )
 def test_a_clients_file_name_becomes_harmless(sent: str, kept: str) -> None:
     assert clean_filename(sent) == kept
+
+
+def test_a_folder_appears_with_all_its_files_or_not_at_all(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UploadTooLargeError) as caught, storage.folder_upload(10) as upload:
+        upload.begin("a", 5)
+        upload.write(b"12345")
+        upload.begin("b", 100)
+        upload.write(b"123456")
+    assert caught.value.fields["max_upload_bytes"] == 10
+    with pytest.raises(UploadTooLargeError) as caught, storage.folder_upload(10) as upload:
+        upload.begin("a", 5)
+        upload.write(b"123456")
+    assert caught.value.fields["max_upload_bytes"] == 5
+    assert files_below(storage) == []
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        assert not storage.path("models/m").exists() or set(synced) >= {"a", "b"}
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name[:6])
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    with storage.folder_upload(100) as upload:
+        for name in ("a", "b"):
+            upload.begin(name, 50)
+            upload.write(name.encode() * 3)
+        assert [file["bytes"] for file in upload.files] == [3, 3]
+        upload.commit(storage.path("models/m"))
+    assert synced == ["a", "b", "upload", "models", storage.root.name[:6]]
+    assert files_below(storage) == ["models/m/a", "models/m/b"]
+    assert upload.files[1]["sha256"] == hashlib.sha256(b"bbb").hexdigest()
+    assert list(storage.path("tmp").iterdir()) == []

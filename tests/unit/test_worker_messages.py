@@ -10,6 +10,7 @@ import pytest
 from worker.environment import trainer_environment
 from worker.messages import (
     Checkpoint,
+    Data,
     Done,
     Evaluation,
     Failure,
@@ -39,6 +40,7 @@ def test_every_kind_is_read() -> None:
     assert parse(line(METRIC)) == Metric(3, 2.5, 1e-3, 1.0, 0.1, 192, 1_000)
     assert parse(b'{"type": "evaluation", "step": 3, "loss": 2}') == Evaluation(3, 2.0)
     assert parse(line(CHECKPOINT)) == Checkpoint(40, "step-00000040", [FILE], None)
+    assert parse(b'{"type": "data", "training": {"windows": 3}, "validation": null}') == Data({"windows": 3}, None)
     assert parse(b'{"type": "probed", "peak_bytes": 7}') == Probed(7)
     checked = (
         b'{"type": "gradient_check", "chunk_length": 16, "compared_with": 64, "relative_error": 1e-7, "peak_bytes": 9}'
@@ -65,6 +67,9 @@ def test_a_loss_that_is_not_finite_is_none() -> None:
         b'{"type": ["metric"]}',
         b"\xff\xfe",
         b"[" * 100_000,
+        b'{"type": "data", "training": {}, "validation": null}',
+        b'{"type": "data", "training": {"windows": -1}, "validation": null}',
+        b'{"type": "data", "training": {"windows": 1}, "validation": 7}',
         line(METRIC, step=-1),
         line(METRIC, step=2**63),
         line(METRIC, step=True),
