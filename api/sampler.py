@@ -172,5 +172,7 @@ def _environment(settings: Settings) -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
+        "RAYON_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
         "MALLOC_ARENA_MAX": "1",
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -21,6 +22,8 @@ IN_FLIGHT_SECONDS = 60.0
 """How long to ask for what became of an earlier try that is still being worked on; a statement may take 30."""
 UPLOAD_SECONDS = 300.0
 """How long the service may be silent at the end of an upload: the files are checked."""
+SILENCE_SECONDS = 120.0
+"""How long a sample may say nothing: the model is loaded first."""
 LOST = frozenset({0, 502, 503, 504})
 """No answer of the service's: none at all, or that of a proxy in front of it or a database behind it."""
 
@@ -136,6 +139,15 @@ class Checkpoint(TypedDict):
     step: int
     is_best: bool
     files: list[FileRecord]
+
+
+class Sample(TypedDict):
+    finish_reason: str
+    tokens: int
+    prompt_tokens: int
+    seconds: float
+    step: int
+    seed: int
 
 
 class Device(TypedDict):
@@ -295,6 +307,31 @@ class Client:
         finally:
             partial.unlink(missing_ok=True)
 
+    def generate(self, job_id: str, request: dict[str, Any]) -> Iterator[str | Sample]:
+        """The text that follows a prompt in pieces, as it comes, and at the end what the service says of it."""
+        path = f"/jobs/{job_id}/generate"
+        timeout = httpx2.Timeout(self._http.timeout.connect, read=SILENCE_SECONDS)
+        try:
+            with self._http.stream("POST", path, json={**request, "stream": True}, timeout=timeout) as response:
+                if response.is_error:
+                    response.read()
+                    _raise_for_problem(response)
+                event = ""
+                for line in response.iter_lines():
+                    name, _, value = line.partition(": ")
+                    if name == "event":
+                        event = value
+                    elif name == "data" and event == "error":
+                        problem = json.loads(value)
+                        raise _problem(f"POST {path}", problem["status"], problem)
+                    elif name == "data":
+                        data = json.loads(value)
+                        yield data["text"] if event == "token" else data
+        except httpx2.TransportError as error:
+            raise ServiceError(f"POST {path}: the sample broke off ({error})") from error
+        if event != "done":
+            raise ServiceError(f"POST {path}: the sample broke off")
+
     def _request(self, method: str, path: str, **arguments: Any) -> Any:
         try:
             response = self._http.request(method, path, **arguments)
@@ -329,6 +366,9 @@ def _raise_for_problem(response: httpx2.Response) -> None:
     where = f"{response.request.method} {response.request.url.path}"
     if not response.headers.get("content-type", "").startswith("application/problem+json"):
         raise ServiceError(f"{where}: HTTP {response.status_code}", status=response.status_code, code="unknown")
-    problem = response.json()
+    raise _problem(where, response.status_code, response.json())
+
+
+def _problem(where: str, status: int, problem: dict[str, Any]) -> ServiceError:
     message = f"{where}: {problem.get('detail') or problem.get('title')} ({problem.get('code')})"
-    raise ServiceError(message, status=response.status_code, code=problem.get("code", "unknown"), problem=problem)
+    return ServiceError(message, status=status, code=problem.get("code", "unknown"), problem=problem)

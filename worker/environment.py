@@ -40,9 +40,8 @@ def preparer_environment(inherited: Mapping[str, str] | None = None) -> dict[str
     """Everything in the environment of what the preparer starts: one thread, and the ordinary allocator with one arena,
     so that its memory is what it needs."""
     source = os.environ if inherited is None else inherited
-    kept = {name: source[name] for name in ALLOWED if name in source}
     threads = dict.fromkeys(("OMP_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
-    return {**kept, **threads, "TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "1"}
+    return {**inherited_environment(source), **threads, "TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "1"}
 
 
 def trainer_environment(threads: int, inherited: Mapping[str, str] | None = None) -> dict[str, str]:
