@@ -58,7 +58,7 @@ class ChatTemplate:
         pieces = []
         for index, message in enumerate(messages):
             if message["role"] == ASSISTANT:
-                before = self.render(messages[:index], generation_prompt=True)
+                before = self._before(messages[:index])
                 after = self.render(messages[: index + 1])
                 if not (before.startswith(done) and after.startswith(before)):
                     raise ChatTemplateError(
@@ -74,6 +74,14 @@ class ChatTemplate:
                 "the assistant's cannot be told"
             )
         return [piece for piece in [*pieces, (whole[len(done) :], False)] if piece[0]]
+
+    def _before(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        try:
+            return self.render(messages, generation_prompt=True)
+        except ChatTemplateError as error:
+            if messages:
+                raise
+            raise ChatTemplateError("the chat template takes no conversation that the assistant begins") from error
 
     @cached_property
     def _template(self) -> Template:

@@ -41,7 +41,7 @@ class DataReport:
     windows: int
     """W."""
     split_documents: int
-    """Documents that do not fit into the window that they begin in."""
+    """Documents with targets in more than one window."""
     dropped_documents: int
     """Documents of one token, which has nothing to be predicted from: left out where each document is a sequence."""
     unused_tokens: int
@@ -187,20 +187,20 @@ class SingleRows:
 
     def _count_windows(self) -> Int64s:
         """Their sums, in a nameless file. Counts documents on the way."""
-        file = tempfile.TemporaryFile(dir=self._arrays.folder)  # noqa: SIM115  # the map keeps it
-        file.write(bytes(8))
-        total = 0
-        for borders, selected in self._arrays.blocks(self._part):
-            lengths = np.diff(borders)
-            if selected is not None:
-                lengths = lengths * selected
-            windows = np.maximum(lengths - 1 + self._length - 1, 0) // self._length
-            sums = total + np.cumsum(windows)
-            file.write(sums.astype(np.int64).tobytes())
-            total = int(sums[-1])
-            self._documents += int((lengths > 0).sum())
-            self._tokens += int(lengths.sum())
-            self._split += int((windows > 1).sum())
-            self._dropped += int((lengths == 1).sum())
-        file.flush()
-        return np.memmap(file, np.int64, mode="r")
+        with tempfile.TemporaryFile(dir=self._arrays.folder) as file:
+            file.write(bytes(8))
+            total = 0
+            for borders, selected in self._arrays.blocks(self._part):
+                lengths = np.diff(borders)
+                if selected is not None:
+                    lengths = lengths * selected
+                windows = np.maximum(lengths - 1 + self._length - 1, 0) // self._length
+                sums = total + np.cumsum(windows)
+                file.write(sums.astype(np.int64).tobytes())
+                total = int(sums[-1])
+                self._documents += int((lengths > 0).sum())
+                self._tokens += int(lengths.sum())
+                self._split += int((windows > 1).sum())
+                self._dropped += int((lengths == 1).sum())
+            file.flush()
+            return np.memmap(file, np.int64, mode="r")

@@ -138,21 +138,21 @@ class Stream:
         """In a nameless file. Sets `documents` and `length` on the way."""
         self.documents, self.length = 0, 0
         runs = 0
-        file = tempfile.TemporaryFile(dir=self._arrays.folder)  # noqa: SIM115  # the map keeps it
-        previous_end = -1
-        for borders, selected in self._arrays.blocks(self._part):
-            starts, ends = borders[:-1][selected], borders[1:][selected]
-            if not len(starts):
-                continue
-            stream_ends = self.length + np.cumsum(ends - starts)
-            stream_starts = np.concatenate([[self.length], stream_ends[:-1]])
-            begins = starts != np.concatenate([[previous_end], ends[:-1]])
-            file.write(np.stack([stream_starts[begins], starts[begins]], axis=1).astype(np.int64).tobytes())
-            runs += int(begins.sum())
-            self.documents += len(starts)
-            self.length, previous_end = int(stream_ends[-1]), int(ends[-1])
-        file.flush()
-        return np.memmap(file, np.int64, mode="r", shape=(runs, 2)).T
+        with tempfile.TemporaryFile(dir=self._arrays.folder) as file:
+            previous_end = -1
+            for borders, selected in self._arrays.blocks(self._part):
+                starts, ends = borders[:-1][selected], borders[1:][selected]
+                if not len(starts):
+                    continue
+                stream_ends = self.length + np.cumsum(ends - starts)
+                stream_starts = np.concatenate([[self.length], stream_ends[:-1]])
+                begins = starts != np.concatenate([[previous_end], ends[:-1]])
+                file.write(np.stack([stream_starts[begins], starts[begins]], axis=1).astype(np.int64).tobytes())
+                runs += int(begins.sum())
+                self.documents += len(starts)
+                self.length, previous_end = int(stream_ends[-1]), int(ends[-1])
+            file.flush()
+            return np.memmap(file, np.int64, mode="r", shape=(runs, 2)).T
 
 
 class _Draw:

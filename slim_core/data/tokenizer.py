@@ -86,6 +86,7 @@ class FileTokenizer:
         """Raises TokenizerError."""
         import tokenizers  # noqa: PLC0415  # not where bytes are all there is
 
+        self.id = tokenizer_key(folder)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         except MemoryError:
@@ -98,7 +99,6 @@ class FileTokenizer:
         if not vocabulary:
             raise TokenizerError("tokenizer.json: has no tokens")
         config = _read_config(folder)
-        self.id = tokenizer_key(folder)
         self.vocab_size = max(vocabulary.values()) + 1
         self.end_of_document = _end_of_document(vocabulary, config)
         self.chat_template = ChatTemplate(_template_source(folder, config), _special_tokens(config))

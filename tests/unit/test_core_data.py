@@ -1,131 +1,62 @@
-"""Token files and the order of batches."""
+"""Windows: what is in a batch, in which order, and what becomes of documents."""
 
 from __future__ import annotations
 
-import fcntl
+import itertools
 import json
-import os
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slim_core.data import tokenizer
-from slim_core.data.dataset import Windows, permute
-from slim_core.data.tokens import DatasetError, token_file
-from tests.unit.core_support import names
+from slim_core.config import Packing
+from slim_core.data import stream
+from slim_core.data.dataset import Batch, Windows, permute
+from slim_core.data.prepare import make_tokens
+from slim_core.data.stream import Part
+from slim_core.data.tokens import DatasetError, Meta, TokenWriter, write_meta
+from slim_core.layers.head import IGNORED
 
-BORDER = tokenizer.DOCUMENT_BORDER
-
-
-def written(folder: Path, name: str, content: bytes) -> Path:
-    path = folder / name
-    path.write_bytes(content)
-    return path
+PACKINGS: tuple[Packing, ...] = ("continuous", "packed", "single")
 
 
-def tokens_of(source: Path) -> list[int]:
-    return [int(token) for token in np.fromfile(token_file(source), "<u2")]
+def folder_of(folder: Path, documents: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]] | None = None) -> Path:
+    """A token folder of these documents, whose last token is taken for their end; and which tokens have a loss."""
+    folder.mkdir(exist_ok=True)
+    vocab_size = 1 << 20 if any(max(document) >= 1 << 16 for document in documents) else 1 << 16
+    with TokenWriter(folder, vocab_size, masked=masks is not None) as writer:
+        for number, document in enumerate(documents):
+            for place, token in enumerate(document):
+                writer.add([token], True if masks is None else masks[number][place])
+            writer.end_document(document[-1], loss=True)
+        facts = writer.finish()
+    names = ("empty_documents", "untrained_documents", "inexact_cuts", "text_bytes", "source_bytes")
+    size = 2 if vocab_size == 1 << 16 else 4
+    meta = Meta("test", vocab_size, size, 0, "text", **facts, **dict.fromkeys(names, 0))
+    write_meta(folder, meta)
+    return folder
 
 
 def numbered(folder: Path, count: int) -> Path:
-    """A token file whose token i is i."""
-    path = folder / "tokens.bin"
-    np.arange(count, dtype="<u2").tofile(path)
-    return path
+    """One document whose token i is i."""
+    return folder_of(folder / "tokens", [range(count)])
 
 
-def test_a_text_file_is_one_document(tmp_path: Path) -> None:
-    text = "first line\n\nnaïve ☃\n"
-    assert tokens_of(written(tmp_path, "source.txt", text.encode())) == [*text.encode(), BORDER]
-
-
-def test_a_long_text_file_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slim_core.data.tokens._BLOCK_BYTES", 7)
-    content = os.urandom(50)
-    assert tokens_of(written(tmp_path, "source.txt", content)) == [*content, BORDER]
-
-
-def test_each_json_line_is_a_document_and_blank_lines_are_none(tmp_path: Path) -> None:
-    lines = ['{"text": "a\\nb", "other": 1}', "", "  ", '{"text": "☃"}', '{"text": ""}']
-    source = written(tmp_path, "source.jsonl", "\n".join(lines).encode())
-    assert tokens_of(source) == [*b"a\nb", BORDER, *"☃".encode(), BORDER, BORDER]
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        b"not json",
-        b'{"txt": "no text"}',
-        b'{"text": 3}',
-        b'{"text": null}',
-        b'["text"]',
-        b"3",
-        b'{"text": "\xff"}',
-        b'{"text": "\\ud800"}',
-        b'{"text": "cut',
-    ],
-)
-def test_a_broken_line_is_named_and_leaves_nothing_behind(line: bytes, tmp_path: Path) -> None:
-    source = written(tmp_path, "source.jsonl", b'{"text": "good"}\n\n' + line + b'\n{"text": "good"}\n')
-    with pytest.raises(DatasetError, match="line 3:"):
-        token_file(source)
-    assert names(tmp_path) == ["source.jsonl"]
-
-
-def test_a_token_file_appears_when_it_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = written(tmp_path, "source.txt", b"text")
-    synced: list[list[str]] = []
-
-    def fsync(descriptor: int) -> None:
-        assert os.fstat(descriptor).st_size == 2 * 5
-        synced.append(names(tmp_path))
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    token_file(source)
-    assert len(synced) == 1
-    assert "tokens-bytes.bin" not in synced[0]
-    assert names(tmp_path) == ["source.txt", "tokens-bytes.bin"]
-
-
-def test_a_token_file_is_made_once(tmp_path: Path) -> None:
-    source = written(tmp_path, "source.txt", b"text")
-    first = token_file(source)
-    source.unlink()
-    assert token_file(source) == first
-
-
-def test_one_process_makes_it_and_what_a_killed_one_left_is_gone(tmp_path: Path) -> None:
-    source = written(tmp_path, "source.txt", b"text")
-    (tmp_path / "tokens-bytes.bin.tmp").write_bytes(b"half")
-    with source.open("rb") as held, ThreadPoolExecutor() as pool:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        waiting = pool.submit(token_file, source)
-        with pytest.raises(TimeoutError):
-            waiting.result(timeout=0.3)
-        fcntl.flock(held, fcntl.LOCK_UN)
-        assert tokens_of(waiting.result(timeout=10).parent / "source.txt") == [*b"text", BORDER]
-    assert names(tmp_path) == ["source.txt", "tokens-bytes.bin"]
-
-
-@given(st.text(st.characters(exclude_categories=["Cs"])))
-def test_the_tokenizer_is_reversible(text: str) -> None:
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-def test_borders_and_broken_text_can_be_read() -> None:
-    assert tokenizer.decode([*b"a", BORDER, *b"b", 0xFF]) == "a\n---\nb\ufffd"
+def row_of(batch: Batch, row: int = 0) -> tuple[list[int], list[int]]:
+    return batch.tokens[row].tolist(), batch.targets[row].tolist()
 
 
 def starts_of_epoch(windows: Windows, epoch: int) -> list[int]:
     """Where each window of an epoch starts, in the order of training; the token file is numbered."""
     first = epoch * windows.per_epoch
-    return [int(windows.batch(index, 1)[0][0, 0]) for index in range(first, first + windows.per_epoch)]
+    return [int(windows.batch(index, 1).tokens[0, 0]) for index in range(first, first + windows.per_epoch)]
 
 
 @pytest.mark.parametrize("count", [11, 101, 107, 110, 1003])
@@ -147,7 +78,8 @@ def test_each_epoch_visits_each_window_once(count: int, tmp_path: Path) -> None:
 
 def test_batches_are_rows_of_the_order_with_targets_shifted_by_one(tmp_path: Path) -> None:
     windows = Windows(numbered(tmp_path, 505), 10, seed=1)
-    tokens, targets = windows.batch(first=12, count=4)
+    tokens, targets, starts = windows.batch(first=12, count=4)
+    assert starts is None
     assert tokens.shape == targets.shape == (4, 10)
     assert (targets == tokens + 1).all()
     assert (tokens[:, 1:] == tokens[:, :-1] + 1).all()
@@ -158,7 +90,7 @@ def test_batches_are_rows_of_the_order_with_targets_shifted_by_one(tmp_path: Pat
 def test_a_batch_may_span_epochs(tmp_path: Path) -> None:
     windows = Windows(numbered(tmp_path, 55), 10, seed=1)
     assert windows.per_epoch == 5
-    tokens, _ = windows.batch(first=4, count=4)
+    tokens = windows.batch(first=4, count=4).tokens
     assert tokens[:, 0].tolist() == [*starts_of_epoch(windows, 0)[4:], *starts_of_epoch(windows, 1)[:3]]
 
 
@@ -172,16 +104,15 @@ def test_the_order_depends_on_the_seed_and_the_epoch_alone(tmp_path: Path) -> No
 
 def test_validation_windows_are_in_the_order_of_the_file(tmp_path: Path) -> None:
     windows = Windows(numbered(tmp_path, 55), 10, seed=1)
-    tokens, targets = windows.validation(first=2, count=2)
+    tokens, targets, _ = windows.validation(first=2, count=2)
     assert tokens[:, 0].tolist() == [20, 30]
     assert (targets == tokens + 1).all()
 
 
-def test_high_tokens_are_not_negative(tmp_path: Path) -> None:
-    path = tmp_path / "tokens.bin"
-    np.full(9, 65_534, dtype="<u2").tofile(path)
-    tokens, targets = Windows(path, 8, seed=0).batch(0, 1)
-    assert tokens.tolist() == targets.tolist() == [[65_534] * 8]
+@pytest.mark.parametrize("token", [65_535, 65_536, (1 << 20) - 1])
+def test_high_tokens_are_not_negative(token: int, tmp_path: Path) -> None:
+    tokens, targets = row_of(Windows(folder_of(tmp_path, [[token] * 9]), 8, seed=0).batch(0, 1))
+    assert tokens == targets == [token] * 8
 
 
 def test_a_sequence_needs_one_token_more_than_its_length(tmp_path: Path) -> None:
@@ -218,6 +149,166 @@ def test_a_permutation_of_billions_takes_no_time() -> None:
     assert max(values) > 2_000_000_000
 
 
-def test_a_document_line_is_json_whatever_its_encoding_marks(tmp_path: Path) -> None:
-    line = json.dumps({"text": "ascii escapes \u2028 are one line"}, ensure_ascii=False)
-    assert tokens_of(written(tmp_path, "source.jsonl", line.encode())) == [*json.loads(line)["text"].encode(), BORDER]
+DOCUMENTS = [[10, 11, 12, 0], [20, 0], [30], [40, 41, 42, 43, 44, 45, 46, 47, 0]]
+
+
+def test_packed_windows_are_the_continuous_ones_with_their_borders(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, DOCUMENTS)
+    for seed in range(3):
+        continuous, packed = (Windows(folder, 5, seed, packing) for packing in ("continuous", "packed"))  # type: ignore[arg-type]
+        assert packed.per_epoch == continuous.per_epoch == 3
+        wanted, got = continuous.batch(0, 9), packed.batch(0, 9)
+        assert torch.equal(got.tokens, wanted.tokens)
+        assert got.document_starts is not None
+        assert torch.equal(got.document_starts, (wanted.tokens % 10 == 0) & (wanted.tokens > 0))
+        begins = (wanted.targets % 10 == 0) & (wanted.targets > 0)
+        assert torch.equal(got.targets, wanted.targets.masked_fill(begins, IGNORED))
+
+
+def test_single_windows_hold_a_document_each(tmp_path: Path) -> None:
+    windows = Windows(folder_of(tmp_path, DOCUMENTS), 5, seed=0, packing="single")
+    batch = windows.validation(0, 4)
+    assert windows.per_epoch == 4
+    assert batch.document_starts is None
+    assert [row_of(batch, row) for row in range(4)] == [
+        ([10, 11, 12, 0, 0], [11, 12, 0, IGNORED, IGNORED]),
+        ([20, 0, 0, 0, 0], [0, IGNORED, IGNORED, IGNORED, IGNORED]),
+        ([40, 41, 42, 43, 44], [41, 42, 43, 44, 45]),
+        ([45, 46, 47, 0, 0], [46, 47, 0, IGNORED, IGNORED]),
+    ]
+    order = [windows.batch(sample, 1).tokens[0, 0].item() for sample in range(8)]
+    assert sorted(order[:4]) == sorted(order[4:]) == [10, 20, 40, 45]
+    assert order[:4] != order[4:]
+
+
+def test_what_has_no_loss_is_no_target(tmp_path: Path) -> None:
+    masks = [[False, False, True, True], [False, True], [True], [False] * 6 + [True] * 3]
+    folder = folder_of(tmp_path, DOCUMENTS, masks)
+    continuous = Windows(folder, 7, 0).validation(0, 2)
+    assert row_of(continuous)[1] == [IGNORED, 12, 0, IGNORED, 0, 30, IGNORED]
+    packed = Windows(folder, 7, 0, "packed").validation(0, 2)
+    assert row_of(packed)[1] == [IGNORED, 12, 0, IGNORED, 0, IGNORED, IGNORED]
+    single = Windows(folder, 4, 0, "single").validation(0, 4)
+    assert single.targets.tolist() == [
+        [IGNORED, 12, 0, IGNORED],
+        [0] + [IGNORED] * 3,
+        [IGNORED] * 4,
+        [IGNORED, 46, 47, 0],
+    ]
+
+
+def test_reports_name_what_is_cut_and_left_out(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, DOCUMENTS)
+    facts = {"sequence_length": 5, "documents": 4, "tokens": 16}
+    row = {"split_documents": 1, "dropped_documents": 0, "unused_tokens": 0, "padding": 0}
+    # Tokens 0-4, 5-9 and 10-14 make the windows; the last one is a target only.
+    assert asdict(Windows(folder, 5, 0).report()) == {**facts, **row, "windows": 3, "targets": 15}
+    assert asdict(Windows(folder, 5, 0, "packed").report()) == {**facts, **row, "windows": 3, "targets": 12}
+    row = {"split_documents": 1, "dropped_documents": 1, "unused_tokens": 1, "padding": 8}
+    assert asdict(Windows(folder, 5, 0, "single").report()) == {**facts, **row, "windows": 4, "targets": 12}
+
+
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=2, max_size=30),
+    length=st.integers(1, 9),
+    packing=st.sampled_from(PACKINGS),
+    masked=st.booleans(),
+    fraction=st.sampled_from([None, 0.1, 0.5]),
+    data=st.data(),
+)
+def test_counts_are_those_of_the_batches(
+    lengths: list[int],
+    length: int,
+    packing: Packing,
+    masked: bool,
+    fraction: float | None,
+    data: st.DataObject,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Blocks of three documents and five tokens, so that their borders matter."""
+    ends = list(itertools.accumulate(lengths))
+    documents = [list(range(end - size + 1, end + 1)) for end, size in zip(ends, lengths, strict=True)]
+    masks = [data.draw(st.lists(st.booleans(), min_size=size, max_size=size)) for size in lengths] if masked else None
+    folder = folder_of(tmp_path_factory.mktemp("tokens"), documents, masks)
+    loss = dict(zip(range(1, ends[-1] + 1), itertools.chain(*(masks or [[True] * ends[-1]])), strict=True))
+    firsts = {document[0] for document in documents}
+    seen: Counter[int] = Counter()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "_BLOCK", 3)
+        patch.setattr(stream, "_TOKEN_BLOCK", 5)
+        for part in [None] if fraction is None else [Part(name, fraction, 7) for name in ("training", "validation")]:
+            try:
+                windows = Windows(folder, length, 0, packing, part)
+            except DatasetError:
+                continue
+            batch = windows.validation(0, windows.per_epoch)
+            report = windows.report()
+            with_loss = batch.targets != IGNORED
+            assert windows.num_validation_targets(0, windows.per_epoch) == with_loss.sum() == report.targets
+            shuffled = windows.batch(3, 5)
+            assert windows.num_targets(3, 5) == (shuffled.targets != IGNORED).sum()
+            for row in range(windows.per_epoch):
+                for token, target in zip(*row_of(batch, row), strict=True):
+                    if target != IGNORED:
+                        assert loss[target]
+                        assert packing == "continuous" or (target == token + 1 and target not in firsts)
+            seen.update(batch.targets[with_loss].tolist())
+            if part is None and packing == "single":
+                wanted = {token for token, has in loss.items() if has and token not in firsts}
+                assert seen == Counter(wanted)
+    assert all(count == 1 for count in seen.values())
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5])
+@pytest.mark.parametrize("count", [2, 9, 200])
+def test_documents_are_for_training_or_for_validation(
+    fraction: float, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(tmp_path, [[number] * 3 for number in range(1, count + 1)])
+
+    def documents(part: str, seed: int) -> list[int]:
+        windows = Windows(folder, 1, 0, "single", Part(part, fraction, seed))  # type: ignore[arg-type]
+        return [int(token) for token in windows.validation(0, windows.per_epoch).tokens[::2, 0]]
+
+    training, validation = documents("training", 1), documents("validation", 1)
+    assert sorted(training + validation) == list(range(1, count + 1))
+    assert len(validation) == min(max(1, round(fraction * count)), count - 1)
+    if count == 200:
+        assert documents("validation", 2) != validation
+        assert np.mean(validation) == pytest.approx(100, abs=70 if len(validation) < 5 else 20)
+    monkeypatch.setattr(stream, "_BLOCK", 7)
+    assert documents("validation", 1) == validation
+    for packing in ("continuous", "packed"):
+        for part, wanted in (("training", training), ("validation", validation)):
+            windows = Windows(folder, 1, 0, packing, Part(part, fraction, 1))  # type: ignore[arg-type]
+            tokens = windows.validation(0, windows.per_epoch).tokens[:, 0].tolist()
+            assert tokens == [number for number in wanted for _ in range(3)][:-1]
+
+
+def test_one_document_cannot_be_shared_out(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="needs two documents at least"):
+        Windows(numbered(tmp_path, 100), 5, 0, "packed", Part("training", 0.1, 0))
+
+
+def test_data_without_a_window_says_so(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="no document of more than one token"):
+        Windows(folder_of(tmp_path, [[1], [2]]), 5, 0, "single")
+
+
+def test_what_lies_in_files_beside_the_data_has_no_name(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, DOCUMENTS)
+    before = sorted(path.name for path in folder.iterdir())
+    windows = [Windows(folder, 3, 0, packing, Part("training", 0.3, 0)) for packing in PACKINGS]
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert all(len(window.batch(0, 2).tokens) == 2 for window in windows)
+
+
+def test_the_windows_of_a_file_are_those_of_its_bytes(tmp_path: Path) -> None:
+    """From end to end: the order and the bytes that runs of before had."""
+    source = tmp_path / "data.jsonl"
+    source.write_text("\n".join(json.dumps({"text": text}) for text in ("first ☃", "", "second")))
+    stream_of = [*"first ☃".encode(), 256, *b"second", 256]
+    windows = Windows(make_tokens(source), 4, seed=3)
+    tokens, targets = row_of(windows.validation(1, 1))
+    assert (tokens, targets) == (stream_of[4:8], stream_of[5:9])
