@@ -396,9 +396,8 @@ def test_softmax_attention_is_planned_with_its_keys_and_values() -> None:
     half = changed(SMOLLM2, precision="bfloat16", batch_size=1)
     assert plan_job(half, NO_CAP, CALIBRATION, Chunking(256)).breakdown.states == 3 * numbers * 2_048
     queries = changed(SMOLLM2, lora=LoraConfig(targets=("query",)), batch_size=1)
-    assert plan_job(queries, NO_CAP, CALIBRATION, Chunking(256)).breakdown.states == (60 + 58) / 120 * (
-        2 * 4 * numbers * 2_048
-    )
+    states = plan_job(queries, NO_CAP, CALIBRATION, Chunking(256)).breakdown.states
+    assert states == (30 + 29) * 4 * 2 * 3 * 64 * 2_048
 
 
 def test_the_longest_sequence_ends_with_the_learned_positions() -> None:
