@@ -212,7 +212,7 @@ def _softmax_seconds(model: ModelConfig, train: TrainConfig, costs: Costs, batch
     """Of a chunk with as many positions before it as the mean chunk, block by block (`slim_core.layers.softmax`)."""
     blocks, scores = score_blocks(length, (train.sequence_length - length) / 2)
     scores *= batch * model.num_heads / blocks
-    # Along a straight line between the two widths measured: what is done with scores, and products with keys and values.
+    # Along a straight line between the two widths measured: passes over scores, and products with keys and values.
     share = (model.head_width - _NARROW_HEAD) / (_WIDE_HEAD - _NARROW_HEAD)
     narrow, wide = costs.softmax_32, costs.softmax_64
     forward, backward = (
