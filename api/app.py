@@ -48,7 +48,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.context = context
     errors.install(app)
-    app.add_middleware(BodyLimit, streaming_paths=frozenset({"/datasets", "/tokenizers"}))
+    app.add_middleware(BodyLimit, streaming_paths=frozenset({"/datasets", "/tokenizers", "/models"}))
     app.add_middleware(RequestContext)
     for resource in (datasets, tokenizers, models, plans, jobs, checkpoints, devices, health):
         app.include_router(resource.router)

@@ -16,7 +16,7 @@ from api.schemas import (
     ScheduleFields,
 )
 from service import models as rows
-from service.status import TERMINAL, JobStatus
+from service.status import TERMINAL, UNFINISHED, JobStatus
 from slim_core.config import ModelConfig
 
 Item = TypeVar("Item", bound=BaseModel)
@@ -142,12 +142,28 @@ class TokenizerResponse(_Response):
         )
 
 
+class FileRecord(_Response):
+    name: str
+    bytes: int
+    sha256: str = Field(description="In hex.")
+
+
 class ModelResponse(_Response):
     id: str
     name: str
-    kind: Literal["built_in", "output"]
-    config: dict[str, Any]
-    num_parameters: int
+    kind: Literal["built_in", "output", "upload"]
+    status: Literal["preparing", "ready", "failed"] = Field(
+        description="`preparing`: a .gguf that is being converted; jobs can start when it is `ready`."
+    )
+    error: dict[str, Any] | None = Field(None, description="Why it failed, or waits to be tried again.")
+    config: dict[str, Any] | None = Field(description="Null until a .gguf is converted.")
+    num_parameters: int | None
+    layout: Literal["slimtune", "llama", "gpt2"] | None = Field(
+        description="Whose names the tensors have: ours, or those of transformers."
+    )
+    tokenizer: str | None = Field(description="`own`: a tokenizer.json comes with it; `bytes`: it reads bytes.")
+    bytes: int | None = Field(None, description="Of an upload's files.")
+    files: list[FileRecord] | None = Field(None, description="Of an upload, as they came.")
     job: str | None = Field(None, description="The job whose output it is.")
     step: int | None = None
     created_at: datetime | None = None
@@ -155,20 +171,28 @@ class ModelResponse(_Response):
     @classmethod
     def of_builtin(cls, name: str, config: ModelConfig) -> Self:
         parameters = config.num_parameters
-        return cls(id=name, name=name, kind="built_in", config=config.to_json(), num_parameters=parameters)
+        return cls(
+            id=name,
+            name=name,
+            kind="built_in",
+            status="ready",
+            config=config.to_json(),
+            num_parameters=parameters,
+            layout="slimtune",
+            tokenizer=None,
+        )
 
     @classmethod
     def of_row(cls, row: rows.Model) -> Self:
-        return cls(
-            id=row.id,
-            name=row.name,
-            kind="output",
-            config=row.config,
-            num_parameters=ModelConfig.from_json(row.config).num_parameters,
-            job=row.job_id,
-            step=row.step,
-            created_at=row.created_at,
-        )
+        parameters = None if row.config is None else ModelConfig.from_json(row.config).num_parameters
+        own = {
+            "status": "preparing" if row.status in UNFINISHED else row.status,
+            "num_parameters": parameters,
+            "tokenizer": "own" if row.tokenizer_key is not None else "bytes" if row.config is not None else None,
+            "job": row.job_id,
+        }
+        same = ("id", "name", "kind", "error", "config", "layout", "bytes", "files", "step", "created_at")
+        return cls.model_validate({name: getattr(row, name) for name in same} | own)
 
 
 class BreakdownResponse(_Response):
@@ -273,6 +297,7 @@ class JobSummary(_Response):
     status: Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
     desired: Literal["run", "pause", "cancel"] = Field(description="What was last asked of the job.")
     model: str
+    attention: Literal["softmax", "performer"] | None = None
     dataset: str
     validation_dataset: str | None
     memory_cap: int = Field(description="Bytes.")
@@ -382,12 +407,6 @@ class MetricResponse(_Response):
     tokens: int | None = Field(description="Trained on since the start of the job.")
     peak_bytes: int | None
     validation_loss: float | None
-
-
-class FileRecord(_Response):
-    name: str
-    bytes: int
-    sha256: str = Field(description="In hex.")
 
 
 class CheckpointMetrics(_Response):

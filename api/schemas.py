@@ -173,8 +173,10 @@ class ChunkingFields(_Request):
     """Your own choice in place of the planner's."""
 
     chunk_length: int = Field(ge=1, le=16_777_216, description="Tokens per chunk.")
-    state_policy: Literal["keep", "reverse"] = Field(
-        "keep", description="Keep the attention state at every chunk's start, or recompute it backwards."
+    state_policy: Literal["keep", "reverse", "stride", "prefix"] | None = Field(
+        None,
+        description="Keep the attention state at every chunk's start (the default), recompute it backwards, or keep "
+        "some. Softmax attention has `prefix` alone, its keys and values.",
     )
 
 
@@ -191,7 +193,14 @@ class PlanRequest(_Request):
     """The part of a job that decides how it runs."""
 
     name: Annotated[Text, Field(min_length=1, max_length=200)] | None = None
-    model: Reference = Field(description="A built-in model's name (GET /models), or the id of a finished job's output.")
+    model: Reference = Field(
+        description="A built-in model's name (GET /models), or the id of an upload or of a finished job's output."
+    )
+    attention: Literal["softmax", "performer"] | None = Field(
+        None,
+        description="For a model of softmax attention: `softmax` (default) trains it as it is, exactly; `performer` "
+        "moves its weights into linear attention of random features, whose memory does not grow with the sequence.",
+    )
     dataset: Reference | None = Field(None, description="Id of the training data. Needed if `epochs` is given.")
     validation_dataset: Reference | None = Field(None, description="Id of the data for validation losses.")
     validation_fraction: float | None = Field(

@@ -15,7 +15,7 @@ from api.schemas import PlanRequest
 from service import database, datasets, storage, tokenizations
 from service.errors import DatasetNotTokenizedError, DatasetTooSmallError, DatasetUnusableError
 from service.models import Dataset
-from service.preparations import FAILED, READY
+from service.status import FAILED, READY
 from service.storage import Storage
 from service.tokenizers import BYTES, TokenizerRef
 

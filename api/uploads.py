@@ -191,8 +191,8 @@ async def receive_files(
 
     Raises as `receive_upload` does.
     """
-    form = open_form(request.headers.get("content-type", ""), max_files, texts)
     with sink as opened:
+        form = open_form(request.headers.get("content-type", ""), max_files, texts)
         await _copy(form, request.stream(), opened)
         if not form.files:
             raise InvalidRequestError(("file", "is missing"))

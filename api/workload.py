@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from dataclasses import dataclass
+from typing import Literal
 
 from sqlalchemy.orm import Session
 
@@ -19,6 +20,7 @@ from service.storage import Storage
 from service.tokenizers import TokenizerRef
 from slim_core.config import (
     BUILTIN_MODELS,
+    BYTE_VOCABULARY,
     EarlyStoppingConfig,
     LoraConfig,
     ModelConfig,
@@ -26,10 +28,21 @@ from slim_core.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from slim_core.planning import Calibration, Chunking, Plan, Workload, default_calibration, plan_with_lessons
-from slim_core.planning.memory_model import check_adapters
+from slim_core.planning import (
+    Calibration,
+    Chunking,
+    Plan,
+    Workload,
+    check_chunking,
+    default_calibration,
+    plan_with_lessons,
+)
+from slim_core.planning.shapes import check_adapters
 
 logger = logging.getLogger(__name__)
+
+FEATURES_PER_CHANNEL = 2
+"""Of FAVOR+ in place of softmax attention: M = 2 K random features a head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +60,13 @@ def resolve(session: Session, request: PlanRequest, files: Storage) -> PlannedWo
     """Check and plan a request.
 
     Raises InvalidRequestError, NotFoundError for a model, dataset or tokenizer that is not there, DatasetTooSmallError,
-    DatasetNotTokenizedError, DatasetUnusableError, TokenizerNotReadyError, TokenizerFailedError,
+    ModelNotReadyError, DatasetNotTokenizedError, DatasetUnusableError, TokenizerNotReadyError, TokenizerFailedError,
     MemoryCapInfeasibleError, MemoryCapExceedsDeviceError.
     """
     _check_rules(request)
     devices.check_cap(session, request.memory_cap)
     model, base_model_id, tokenizer = _model(session, request)
+    _check_positions(model, request)
     data = training_data.describe(session, request, tokenizer, files)
     train = _train_config(request, data)
     if train.lora is not None:
@@ -64,8 +78,11 @@ def resolve(session: Session, request: PlanRequest, files: Storage) -> PlannedWo
     chunking = None
     if isinstance(request.chunking, ChunkingFields):
         chunking = Chunking(request.chunking.chunk_length, request.chunking.state_policy)
-        if chunking.chunk_length > request.sequence_length:
-            raise InvalidRequestError(("chunking.chunk_length", "must be at most sequence_length"))
+        try:
+            check_chunking(workload, chunking)
+        except ValueError as error:
+            field, _, rule = str(error).partition(": ")
+            raise InvalidRequestError((f"chunking.{field}", rule)) from error
     plan = plan_with_lessons(workload, request.memory_cap, _calibration(session, workload), chunking=chunking)
     return PlannedWorkload(model=model, base_model_id=base_model_id, train=train, plan=plan, tokenizer=tokenizer)
 
@@ -109,14 +126,44 @@ def _model(session: Session, request: PlanRequest) -> tuple[ModelConfig, str | N
     """Configuration, row and tokenizer of the model that a request names."""
     if (builtin := BUILTIN_MODELS.get(request.model)) is not None:
         if request.tokenizer is None:
-            return builtin, None, tokenizers.BYTES
+            return _with_attention(builtin, request.attention), None, tokenizers.BYTES
         reference = tokenizers.resolve(session, request.tokenizer)
         vocab_size = reference.vocab_size or builtin.vocab_size
-        return dataclasses.replace(builtin, vocab_size=vocab_size), None, reference
+        model = dataclasses.replace(builtin, vocab_size=vocab_size)
+        return _with_attention(model, request.attention), None, reference
     if request.tokenizer is not None:
         raise InvalidRequestError(("tokenizer", "is for built-in models; this model has its own"))
-    row = base_models.get(session, request.model)
-    return ModelConfig.from_json(row.config), row.id, tokenizers.of_model(session, row)
+    row = base_models.ready(session, request.model)
+    assert row.config is not None  # noqa: S101  # by the table's constraint
+    model, reference = ModelConfig.from_json(row.config), tokenizers.of_model(row)
+    if reference == tokenizers.BYTES and model.vocab_size < BYTE_VOCABULARY:
+        reason = f"has a vocabulary of {model.vocab_size} and no tokenizer.json; bytes need {BYTE_VOCABULARY}"
+        raise InvalidRequestError(("model", reason))
+    return _with_attention(model, request.attention), row.id, reference
+
+
+def _with_attention(model: ModelConfig, attention: Literal["softmax", "performer"] | None) -> ModelConfig:
+    """The model in training. Raises InvalidRequestError where it has no softmax attention to keep or to replace."""
+    if attention is None:
+        return model
+    if model.attention != "softmax":
+        raise InvalidRequestError(
+            ("attention", f"is a choice for softmax attention; this model's is {model.attention}")
+        )
+    if attention == "softmax":
+        return model
+    return dataclasses.replace(
+        model,
+        attention="performer",
+        feature_map="favor",
+        num_features=FEATURES_PER_CHANNEL * model.head_width,
+    )
+
+
+def _check_positions(model: ModelConfig, request: PlanRequest) -> None:
+    if model.max_positions is not None and request.sequence_length > model.max_positions:
+        reason = f"must be at most {model.max_positions}: the model has learned no further positions"
+        raise InvalidRequestError(("sequence_length", reason))
 
 
 def _train_config(request: PlanRequest, data: TrainingData) -> TrainConfig:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypedDict
@@ -18,6 +19,8 @@ REPEAT_PAUSES_SECONDS = (0.1, 0.5, 1.0)
 """Before each further try to create a job where there was no answer."""
 IN_FLIGHT_SECONDS = 60.0
 """How long to ask for what became of an earlier try that is still being worked on; a statement may take 30."""
+UPLOAD_SECONDS = 300.0
+"""How long the service may be silent at the end of an upload: the files are checked."""
 LOST = frozenset({0, 502, 503, 504})
 """No answer of the service's: none at all, or that of a proxy in front of it or a database behind it."""
 
@@ -45,6 +48,16 @@ class Plan(TypedDict):
     reason: str
     calibration_source: str
     frontier: list[FrontierPoint]
+
+
+class Model(TypedDict):
+    id: str
+    name: str
+    kind: str
+    status: str
+    error: dict[str, Any] | None
+    num_parameters: int | None
+    layout: str | None
 
 
 class Dataset(TypedDict):
@@ -182,6 +195,19 @@ class Client:
             dataset: Dataset = self._request("POST", "/datasets", files={"file": (path.name, file)})
         return dataset
 
+    def upload_model(self, paths: Sequence[Path], name: str | None = None) -> Model:
+        """The files of a base model: config.json, its safetensors and its tokenizer's; or one .gguf, which is ready
+        when `model(id)["status"]` says so."""
+        with ExitStack() as stack:
+            files = [("file", (path.name, stack.enter_context(path.open("rb")))) for path in paths]
+            data = {} if name is None else {"name": name}
+            model: Model = self._request("POST", "/models", files=files, data=data, timeout=UPLOAD_SECONDS)
+        return model
+
+    def model(self, model_id: str) -> Model:
+        model: Model = self._request("GET", f"/models/{model_id}")
+        return model
+
     def plan(self, job: dict[str, Any]) -> Plan:
         """How the job would run; stores nothing."""
         plan: Plan = self._request("POST", "/plans", json=job)
@@ -250,7 +276,8 @@ class Client:
 
         Raises DamagedDownloadError if they are not.
         """
-        target = folder / Path(file["name"]).name
+        target = _below(folder, file["name"])
+        target.parent.mkdir(exist_ok=True)
         partial = target.with_name(target.name + ".part")
         digest = hashlib.sha256()
         try:
@@ -285,6 +312,14 @@ class Client:
                 yield from response.iter_bytes(CHUNK_BYTES)
         except httpx2.TransportError as error:
             raise ServiceError(f"GET {path}: the download broke off ({error})") from error
+
+
+def _below(folder: Path, name: str) -> Path:
+    """Where a file of this name goes: in the folder, or in one folder in it."""
+    parts = Path(name).parts
+    if not 1 <= len(parts) <= 2 or any(part in ("..", "/") for part in parts):
+        raise DamagedDownloadError(f"{name!r} is no name of a file of a checkpoint")
+    return folder.joinpath(*parts)
 
 
 def _raise_for_problem(response: httpx2.Response) -> None:

@@ -1,16 +1,43 @@
-"""Models that finished jobs left behind, to download or to start other jobs from. Built-ins are code (slim_core)."""
+"""Models to start jobs from: uploads, and what finished jobs left behind. Built-ins are code (slim_core)."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 from sqlalchemy import delete as sql_delete
-from sqlalchemy import select, update
+from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
-from service.errors import ModelInUseError, NotFoundError
+from service.errors import ModelInUseError, ModelNotReadyError, NotFoundError
 from service.ids import is_id
-from service.models import Checkpoint, Job, Model
+from service.models import Checkpoint, Job, Model, Tokenization
 from service.pages import newest_first
-from service.status import TERMINAL
+from service.status import READY, TERMINAL, UNFINISHED
+from service.storage import model_path
+
+GGUF_FILE = "model.gguf"
+"""What an uploaded .gguf is called in its model's folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedModel:
+    """What a folder of files was found to be (slim_core.weights.check_model)."""
+
+    config: dict[str, Any]
+    """ModelConfig as JSON."""
+    layout: str
+    """Whose names the tensors have."""
+    tokenizer_key: str | None
+    """Of the tokenizer beside the weights; None where there is none."""
+
+
+def describe(row: Model, checked: CheckedModel) -> None:
+    """Note in the row what its folder was found to be."""
+    row.config = checked.config
+    row.layout = checked.layout
+    row.tokenizer_key = checked.tokenizer_key
+    row.tokenizer_path = row.path if checked.tokenizer_key is not None else None
 
 
 def get(session: Session, model_id: str, keep: bool = False) -> Model:
@@ -24,26 +51,39 @@ def get(session: Session, model_id: str, keep: bool = False) -> Model:
     return model
 
 
+def ready(session: Session, model_id: str, keep: bool = False) -> Model:
+    """A model that a job can start from now. Raises NotFoundError, ModelNotReadyError."""
+    model = get(session, model_id, keep)
+    if model.status != READY:
+        raise ModelNotReadyError(model.id, model.status, model.error)
+    return model
+
+
 def page(session: Session, after: str | None = None, limit: int = 20) -> tuple[list[Model], bool]:
     """Up to `limit` models older than the model `after`, newest first, and whether there are more."""
     return newest_first(session, select(Model), Model.id, after, limit)
 
 
 def delete(session: Session, model_id: str) -> str:
-    """Delete the model and the checkpoint that it is; returns the folder to remove after the commit.
+    """Delete the model, and the checkpoint that an output is; returns the folder to remove after the commit.
 
-    Raises NotFoundError, and ModelInUseError while an unfinished job starts from it.
+    Raises NotFoundError, and ModelInUseError while an unfinished job starts from it, or an unfinished job or
+    preparation needs its tokenizer.
     """
     query = select(Model).where(Model.id == model_id).with_for_update()
     model = session.scalars(query).one_or_none() if is_id("model", model_id) else None
     if model is None:
         raise NotFoundError("model", model_id)
-    users = select(Job.id).where(
-        Job.base_model_id == model_id, Job.status.not_in([status.value for status in TERMINAL])
+    uses = or_(Job.base_model_id == model_id, Job.tokenizer_path == model.path)
+    users = select(Job.id).where(uses, Job.status.not_in([status.value for status in TERMINAL]))
+    jobs = list(session.scalars(users.order_by(Job.id).limit(20)))
+    preparing = select(Tokenization.dataset_id).where(
+        Tokenization.tokenizer_path == model.path, Tokenization.status.in_(UNFINISHED)
     )
-    if jobs := list(session.scalars(users.order_by(Job.id).limit(20))):
-        raise ModelInUseError(model_id, jobs)
+    datasets = list(session.scalars(preparing.order_by(Tokenization.dataset_id).limit(20)))
+    if jobs or datasets:
+        raise ModelInUseError(model_id, jobs, datasets)
     session.execute(update(Job).where(Job.output_model_id == model_id).values(output_model_id=None))
     session.execute(sql_delete(Checkpoint).where(Checkpoint.job_id == model.job_id, Checkpoint.step == model.step))
     session.execute(sql_delete(Model).where(Model.id == model_id))
-    return model.path
+    return model_path(model.id) if model.kind == "upload" else model.path

@@ -16,8 +16,7 @@ from service.filenames import clean_filename, clean_name
 from service.ids import is_id, new_id
 from service.models import Dataset, Job, Tokenization, Tokenizer
 from service.pages import newest_first
-from service.preparations import UNFINISHED
-from service.status import TERMINAL
+from service.status import TERMINAL, UNFINISHED
 from service.storage import Storage
 from service.tokenizers import BYTES
 

@@ -134,13 +134,14 @@ class ModelNotReadyError(ServiceError):
     param = "model"
 
     def __init__(self, model_id: str, status: str, error: dict[str, Any] | None) -> None:
-        if status == "failed":
-            reason = (error or {}).get("message", "its conversion failed")
-            message, hint = f"The model cannot be used: {reason}", "upload it again, as safetensors if that fails too"
+        if status == "failed" and error is not None:
+            message, hint = f"{model_id} cannot be used: {error['message']}", error["hint"]
         else:
-            message = "The model is being converted."
-            hint = "poll GET /models/{id} until status is ready, then send the request again"
-        super().__init__(message, model=model_id, model_status=status, hint=hint)
+            message, hint = (
+                f"{model_id} is being converted.",
+                "ask again in some seconds, or watch it at GET /models/{id}",
+            )
+        super().__init__(message, model=model_id, model_status=status, reason=error, hint=hint)
 
 
 class DatasetTooSmallError(ServiceError):
@@ -315,13 +316,20 @@ class TokenizerInUseError(ServiceError):
 
 
 class ModelInUseError(ServiceError):
-    """Jobs that are not finished start from this model."""
+    """Jobs that are not finished start from this model, or datasets are being tokenised with its tokenizer."""
 
     status = 409
     code = "model_in_use"
 
-    def __init__(self, model_id: str, jobs: list[str]) -> None:
-        super().__init__("The model is used by jobs that are not finished.", model=model_id, jobs=jobs)
+    def __init__(self, model_id: str, jobs: list[str], datasets: list[str]) -> None:
+        users = "jobs that are not finished" if jobs else "datasets that are being prepared"
+        super().__init__(
+            f"The model is used by {users}.",
+            model=model_id,
+            jobs=jobs,
+            datasets=datasets,
+            hint="wait for what uses it, or cancel it",
+        )
 
 
 class BuiltinModelError(ServiceError):

@@ -30,9 +30,11 @@ PREPARATION_HINTS: dict[str, str] = {
     "tokenizer_invalid": "send the tokenizer.json that the tokenizers library writes (Tokenizer.save)",
     "tokenizer_too_large": "use a smaller one, or have SLIMTUNE_PREPARER_MEMORY_BYTES raised",
     "tokenizer_missing": "the tokenizer or model was deleted meanwhile: name another one",
+    "model_invalid": "convert it again, or upload its safetensors and config.json",
+    "model_too_large": "upload its safetensors, or have SLIMTUNE_PREPARER_MEMORY_BYTES raised",
     "document_too_large": "split the longest document, or have SLIMTUNE_PREPARER_MEMORY_BYTES raised",
     "disk_full": "free space in the data directory: it is tried again by itself",
-    "preparation_crashed": "read the worker's log; POST /datasets/{id}/tokenizations tries again",
+    "preparation_crashed": "read the worker's log; POST /datasets/{id}/tokenizations, or another upload, tries again",
     "preparation_timeout": "split the dataset, or have SLIMTUNE_PREPARER_SECONDS raised",
     "worker_lost": HINTS["worker_lost"],
 }
@@ -40,7 +42,7 @@ PREPARATION_HINTS: dict[str, str] = {
 
 
 def preparation_error(code: str, message: str, **fields: Any) -> dict[str, Any]:
-    """The `error` of a tokenization or tokenizer. Raises KeyError for a code without a hint."""
+    """The `error` of a tokenization, tokenizer or model. Raises KeyError for a code without a hint."""
     return {"code": code, "message": message, "hint": PREPARATION_HINTS[code], **fields}
 
 

@@ -129,19 +129,37 @@ class Dataset(Base):
     )
 
 
-class Model(Base):
-    """The output of a succeeded job: a checkpoint folder to start other jobs from."""
+class Model(Prepared, Base):
+    """A folder of weights to start jobs from: uploaded, or the output of a succeeded job."""
 
     __tablename__ = "models"
+    __table_args__ = (
+        *_prepared_args("models"),
+        CheckConstraint("kind IN ('output', 'upload')", name="models_kind"),
+        CheckConstraint("(kind = 'output') = (job_id IS NOT NULL AND step IS NOT NULL)", name="models_job"),
+        CheckConstraint("status <> 'ready' OR config IS NOT NULL AND layout IS NOT NULL", name="models_described"),
+    )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
     name: Mapped[str]
-    job_id: Mapped[str] = mapped_column(Id, ForeignKey("jobs.id"), index=True)
-    step: Mapped[int]
-    config: Mapped[dict[str, Any]]
+    kind: Mapped[str]
+    job_id: Mapped[str | None] = mapped_column(Id, ForeignKey("jobs.id"), index=True)
+    """Whose output it is, ..."""
+    step: Mapped[int | None]
+    """... and after which of its steps."""
+    config: Mapped[dict[str, Any] | None]
+    """None until a .gguf is converted, and so `layout`."""
+    layout: Mapped[str | None]
+    """Whose names the tensors have (slim_core.weights.layout)."""
     path: Mapped[str]
-    """Relative to the data folder."""
-    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    """Folder, relative to the data folder."""
+    files: Mapped[list[dict[str, Any]] | None]
+    """Of an upload, as they came: [{name, bytes, sha256}]."""
+    bytes: Mapped[int | None]
+    """Of these."""
+    tokenizer_key: Mapped[str | None] = mapped_column(Id)
+    """Of the tokenizer that comes with it (Tokenization.key); None for bytes."""
+    tokenizer_path: Mapped[str | None]
 
 
 class Job(Base):

@@ -1,4 +1,4 @@
-"""What the preparer does in the background: the queue of tokenizations and tokenizers, claims, leases, results.
+"""What the preparer does in the background: the queue of tokenizations, tokenizers and models, claims, leases, results.
 
 A row is pending, running, ready or failed. A claim takes a pending row, or a running one whose lease ran out, adds 1 to
 `attempt` and sets a lease; every later write holds only under that attempt, else PreparationFencedError. Every function
@@ -14,21 +14,21 @@ from typing import Any, Literal, assert_never
 from sqlalchemy import and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from service import storage
+from service import base_models, storage
 from service.errors import PreparationFencedError
 from service.failures import preparation_error
 from service.jsonable import clean_json
-from service.models import Dataset, Tokenization, Tokenizer
+from service.models import Dataset, Model, Tokenization, Tokenizer
+from service.status import FAILED, PENDING, READY, RUNNING, UNFINISHED
 
-PENDING, RUNNING, READY, FAILED = "pending", "running", "ready", "failed"
-UNFINISHED = (PENDING, RUNNING)
 MAX_FAILURES = 3
 """Attempts that end without saying why (crashes, lost workers) after which it is given up."""
 FIRST_RETRY_SECONDS = 30.0
 LAST_RETRY_SECONDS = 600.0
 """Pauses between tries on a full disk, each twice the one before."""
 
-Kind = Literal["tokenization", "check", "training"]
+Kind = Literal["tokenization", "check", "training", "conversion"]
+Row = Tokenizer | Tokenization | Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +37,12 @@ class Preparation:
 
     kind: Kind
     id: str
-    """Of the dataset, or of the tokenizer that is checked or trained."""
+    """Of the dataset, of the tokenizer that is checked or trained, of the model that is converted."""
     key: str
-    """Of the tokenizer; empty for work on a tokenizer itself."""
+    """Of the tokenizer of a tokenization; else empty."""
     attempt: int
     source_path: str | None
-    """The dataset's file; None for a check."""
+    """The dataset's file, the model's; None for a check."""
     tokenizer_path: str | None
     """None for bytes."""
     output_path: str
@@ -56,11 +56,11 @@ class Preparation:
 
 
 def claim(session: Session, worker: str, lease_seconds: float) -> Preparation | None:
-    """Take the oldest piece of work, tokenizers first (datasets wait for them); None if there is none.
+    """Take the oldest piece of work, tokenizers and models first (datasets wait for them); None if there is none.
 
     One that was lost too often is failed on the way.
     """
-    for table in (Tokenizer, Tokenization):
+    for table in (Tokenizer, Model, Tokenization):
         while (row := _next(session, table)) is not None:
             if row.status == RUNNING:
                 row.failures += 1
@@ -83,17 +83,21 @@ def renew(session: Session, work: Preparation, lease_seconds: float) -> None:
 
 
 def finish(session: Session, work: Preparation, result: dict[str, Any]) -> None:
-    """Record what was made: a tokenization's counts; of a tokenizer, `key` and `vocab_size`.
+    """Record what was made: a tokenization's counts; of a tokenizer, `key` and `vocab_size`; of a model, what
+    `base_models.CheckedModel` has.
 
     Raises PreparationFencedError.
     """
     row = _held(session, work)
     _rest(row, READY, None)
-    if isinstance(row, Tokenizer):
-        row.key, row.vocab_size = result["key"], result["vocab_size"]
-    else:
-        row.counts = clean_json(result)
-        _complete_dataset(session, row.dataset_id, row.counts)
+    match row:
+        case Tokenizer():
+            row.key, row.vocab_size = result["key"], result["vocab_size"]
+        case Model():
+            base_models.describe(row, base_models.CheckedModel(**result))
+        case Tokenization():
+            row.counts = clean_json(result)
+            _complete_dataset(session, row.dataset_id, row.counts)
 
 
 def fail(session: Session, work: Preparation, error: dict[str, Any]) -> None:
@@ -128,11 +132,20 @@ def give_back(session: Session, work: Preparation) -> None:
 
 def gone(session: Session, work: Preparation) -> bool:
     """Whether what it was for has been deleted, so that its files are nobody's."""
-    table = Dataset if work.kind == "tokenization" else Tokenizer
+    table = _TABLES[work.kind]
     return session.scalar(select(table.id).where(table.id == work.id)) is None
 
 
-def _next(session: Session, table: type[Tokenizer | Tokenization]) -> Tokenizer | Tokenization | None:
+_TABLES: dict[Kind, type[Dataset | Tokenizer | Model]] = {
+    "tokenization": Dataset,
+    "check": Tokenizer,
+    "training": Tokenizer,
+    "conversion": Model,
+}
+"""Whose id a piece of work has."""
+
+
+def _next(session: Session, table: type[Row]) -> Row | None:
     now = func.clock_timestamp()
     due = or_(
         and_(table.status == PENDING, or_(table.retry_at.is_(None), table.retry_at <= now)),
@@ -141,14 +154,16 @@ def _next(session: Session, table: type[Tokenizer | Tokenization]) -> Tokenizer 
     query = select(table).where(table.status.in_(UNFINISHED), due).order_by(table.created_at).limit(1)
     query = query.with_for_update(skip_locked=True)
     row: Any = session.scalars(query, execution_options={"populate_existing": True}).one_or_none()
-    return row  # type: ignore[no-any-return]  # one of the two; mypy joins them to their base
+    return row  # type: ignore[no-any-return]  # one of the three; mypy joins them to their base
 
 
-def _held(session: Session, work: Preparation) -> Tokenizer | Tokenization:
+def _held(session: Session, work: Preparation) -> Row:
     """The fence: the row, locked until the transaction ends."""
-    row: Tokenizer | Tokenization | None
+    row: Row | None
     if work.kind == "tokenization":
         row = session.get(Tokenization, (work.id, work.key), populate_existing=True, with_for_update=True)
+    elif work.kind == "conversion":
+        row = session.get(Model, work.id, populate_existing=True, with_for_update=True)
     else:
         row = session.get(Tokenizer, work.id, populate_existing=True, with_for_update=True)
     if row is None or row.attempt != work.attempt or row.status != RUNNING:
@@ -156,7 +171,7 @@ def _held(session: Session, work: Preparation) -> Tokenizer | Tokenization:
     return row
 
 
-def _rest(row: Tokenizer | Tokenization, status: str, error: dict[str, Any] | None) -> None:
+def _rest(row: Row, status: str, error: dict[str, Any] | None) -> None:
     """The one way out of `running`."""
     row.status = status
     row.lease_until = row.retry_at = row.worker = None
@@ -168,7 +183,7 @@ def _after(seconds: float) -> Any:
     return func.clock_timestamp() + timedelta(seconds=seconds)
 
 
-def _preparation(session: Session, row: Tokenizer | Tokenization) -> Preparation:
+def _preparation(session: Session, row: Row) -> Preparation:
     match row:
         case Tokenization():
             return Preparation(
@@ -191,6 +206,16 @@ def _preparation(session: Session, row: Tokenizer | Tokenization) -> Preparation
                 tokenizer_path=row.path,
                 output_path=row.path,
                 vocab_size=row.wanted_vocab_size,
+            )
+        case Model():
+            return Preparation(
+                kind="conversion",
+                id=row.id,
+                key="",
+                attempt=row.attempt,
+                source_path=f"{storage.model_path(row.id)}/{base_models.GGUF_FILE}",
+                tokenizer_path=None,
+                output_path=row.path,
             )
         case _:
             assert_never(row)

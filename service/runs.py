@@ -23,8 +23,12 @@ from service.jobs import planned_anew
 from service.jsonable import clean_json, finite
 from service.models import Checkpoint, Job, Metric, Model
 from service.preparations import source_path
-from service.status import TRANSITIONS, Desired, JobStatus
+from service.status import READY, TRANSITIONS, Desired, JobStatus
 
+OWN_LAYOUT = "slimtune"
+"""Of checkpoints, in the words of slim_core.weights.layout."""
+BYTES_KEY = "bytes"
+"""Of jobs that read bytes (Tokenization.key)."""
 MAX_FAILURES = 3
 """Attempts in a row without a new checkpoint after which a crashing job is given up."""
 TYPICAL_STEPS = 20
@@ -60,6 +64,8 @@ class ClaimedJob:
     """Folder of its tokenizer; None for bytes."""
     checkpoints_dir: str
     """Of this attempt alone."""
+    names: dict[str, str]
+    """Of job, model and data, for the card of its checkpoints."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +133,7 @@ def claim(
         tokenizer_key=job.tokenizer_key,
         tokenizer_path=job.tokenizer_path,
         checkpoints_dir=storage.attempt_dir(job.id, job.attempt),
+        names=_names(job),
     )
 
 
@@ -316,6 +323,18 @@ def _lease(seconds: float) -> ColumnElement[Any]:
     return func.clock_timestamp() + timedelta(seconds=seconds)
 
 
+def _names(job: Job) -> dict[str, str]:
+    named = {
+        "job": job.id,
+        "base model": job.model,
+        "data": job.dataset_id,
+        "validation data": job.validation_dataset_id,
+        "tokenizer": job.tokenizer_id or job.tokenizer_key,
+        "memory cap": f"{job.memory_cap_bytes:,} bytes",
+    }
+    return {name: value for name, value in named.items() if value is not None}
+
+
 def _model_path(session: Session, model_id: str) -> str:
     return session.scalars(select(Model.path).filter_by(id=model_id)).one()
 
@@ -387,9 +406,17 @@ def _create_output(session: Session, job: Job, output: OutputModel | None) -> st
         if checkpoint is None:
             raise ValueError("output_model: a job without a checkpoint cannot succeed")
         output = OutputModel(checkpoint.step, checkpoint.path)
+    base = session.get(Model, job.base_model_id) if job.base_model_id else None
+    has_tokenizer = job.tokenizer_key != BYTES_KEY
     model = Model(
         id=new_id("model"),
         name=job.name or f"{job.model} of {job.id}",
+        kind="output",
+        status=READY,
+        # A checkpoint is written as the model that it started from was, if that can describe it.
+        layout=base.layout if base is not None and base.config == job.model_config else OWN_LAYOUT,
+        tokenizer_key=job.tokenizer_key if has_tokenizer else None,
+        tokenizer_path=output.path if has_tokenizer else None,
         job_id=job.id,
         step=output.step,
         config=job.model_config,

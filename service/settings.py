@@ -41,6 +41,8 @@ class Settings(DatabaseSettings):
     port: int = Field(default=8000, ge=0, le=65_535)
     max_upload_bytes: int = Field(default=2 * 1024**3, ge=1)
     """Largest dataset file that the API takes."""
+    max_model_bytes: int = Field(default=16 * 1024**3, ge=1)
+    """Largest base model that the API takes, all its files together."""
     max_expanded_bytes: int = Field(default=64 * 1024**3, ge=1)
     """Largest text that a compressed dataset file may stand for."""
     trainer_threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)

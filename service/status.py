@@ -56,3 +56,7 @@ REQUESTS: dict[tuple[Action, JobStatus, Desired], Outcome] = {
     ("resume", JobStatus.RUNNING, Desired.PAUSE): (JobStatus.RUNNING, Desired.RUN),
 }
 """What a request does to (status, desired). What is not listed is a conflict."""
+
+PENDING, RUNNING, READY, FAILED = "pending", "running", "ready", "failed"
+"""Of what the preparer makes (preparations.py)."""
+UNFINISHED = (PENDING, RUNNING)

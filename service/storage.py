@@ -65,6 +65,11 @@ def model_path(model_id: str) -> str:
     return f"models/{model_id}"
 
 
+def converted_path(model_id: str) -> str:
+    """Relative path of the folder that an uploaded .gguf is converted into."""
+    return f"{model_path(model_id)}/converted"
+
+
 class Storage:
     """The data folder. Creates what it needs; refuses any path that leads out of it."""
 

@@ -7,7 +7,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from service.models import Tokenization
-from service.preparations import FAILED, PENDING
+from service.status import FAILED, PENDING
 from service.tokenizers import TokenizerRef
 
 

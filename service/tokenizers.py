@@ -22,8 +22,7 @@ from service.filenames import clean_filename, clean_name
 from service.ids import is_id, new_id
 from service.models import Dataset, Job, Model, Tokenization, Tokenizer
 from service.pages import newest_first
-from service.preparations import FAILED, PENDING, READY, UNFINISHED
-from service.status import TERMINAL
+from service.status import FAILED, PENDING, READY, TERMINAL, UNFINISHED
 from service.storage import Storage
 from service.tokenizer_files import MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES, problem_of, problem_of_config
 
@@ -60,7 +59,7 @@ def resolve(session: Session, name: str) -> TokenizerRef:
     if name == BYTES.name:
         return BYTES
     if is_id("model", name):
-        return of_model(session, base_models.get(session, name, keep=True))
+        return of_model(base_models.ready(session, name, keep=True))
     row = get(session, name, keep=True)
     if row.status == FAILED and row.error is not None:
         raise TokenizerFailedError(row.id, row.error)
@@ -69,10 +68,11 @@ def resolve(session: Session, name: str) -> TokenizerRef:
     return TokenizerRef(row.id, row.key, row.path, row.vocab_size)
 
 
-def of_model(session: Session, model: Model) -> TokenizerRef:
-    """The tokenizer that a model was trained with: the one whose files its folder has."""
-    key = session.scalars(select(Job.tokenizer_key).where(Job.id == model.job_id)).one()
-    return BYTES if key == BYTES.key else TokenizerRef(model.id, key, model.path)
+def of_model(model: Model) -> TokenizerRef:
+    """The tokenizer whose files the model's folder has; bytes where it has none."""
+    if model.tokenizer_key is None:
+        return BYTES
+    return TokenizerRef(model.id, model.tokenizer_key, model.tokenizer_path)
 
 
 class TokenizerUpload:

@@ -24,13 +24,16 @@ from slim_core.layers.dropout import Dropout
 from slim_core.layers.features import make_feature_map
 from slim_core.layers.head import block_loss, embed
 from slim_core.layers.linear import gradients_in_place, linear
+from slim_core.layers.norm import LayerNorm, RmsNorm
 from slim_core.layers.performer import STATE_DTYPE, causal_linear_attention
+from slim_core.layers.softmax import prefix_attention
 from slim_core.memory import make_meter, pick_device, private_bytes
-from slim_core.model import LanguageModel, LayerNorm, swiglu
+from slim_core.model import LanguageModel, gelu_tanh, swiglu
 from slim_core.optim import make_optimizer
 from slim_core.planning import Calibration, Workload
 from slim_core.planning.costs import PRODUCT_ROWS, PRODUCT_WIDTHS, SIZES, Costs, Overheads, Passes, Table, Update
 from slim_core.planning.memory_model import Schedule
+from slim_core.planning.sites import MOST_SCORE_KEYS, SCORE_QUERIES, score_block
 from slim_core.planning.time_model import step_seconds
 from slim_core.step import slim_step
 from slim_core.tensor_heap import tensor_heap
@@ -50,6 +53,8 @@ _REPETITIONS = 4
 _LONG_SECONDS = 0.03
 """A measurement that has taken this long has fewer repetitions."""
 _EPSILON = 1e-6
+_BLOCKS = 4
+"""Of scores, in the chunks whose softmax attention is measured."""
 
 
 def warm_up(device: torch.device) -> None:
@@ -124,7 +129,7 @@ class _Bench:
         """All of them, in isolation; `in_step` is 1."""
         device, dtype = self._device, self._dtype
         products, weight_gradients = self._products()
-        norm = LayerNorm(_WIDTH, device=device)
+        norm, rms_norm = LayerNorm(_WIDTH, device=device), RmsNorm(_WIDTH, _EPSILON).to(device)
         dropout = Dropout(rate=0.1, seed=0, step=0, first_row=0)
         maps = {name: self._feature_map(name) for name in ("squared", "relu", "elu1", "favor")}
         return Costs(
@@ -133,21 +138,26 @@ class _Bench:
             adapter_8=self._adapter(rank=8),
             adapter_32=self._adapter(rank=32),
             norm=self._curves(norm, self._rows),
+            rms_norm=self._curves(rms_norm, self._rows),
             add=self._curves(torch.add, lambda n: [*self._rows(n), *self._rows(n)], backward=False),
             column_sum=self._curves(lambda x: x.sum((0, 1), dtype=torch.float32), self._rows, backward=False),
             heads=self._curves(
                 lambda x: join_heads(split_heads(x, x.shape[2] // 64, parts=1)[0].contiguous()), self._rows
             ),
             rotary=self._curves(
-                lambda x: Place(0, None, rotation(torch.zeros(1, device=device), 64, dtype)).rotated(x), self._heads
+                lambda x: Place(0, None, None, rotation(torch.zeros(1, device=device), 64, dtype)).rotated(x),
+                self._heads,
             ),
             **maps,
             gelu=self._curves(nn.functional.gelu, self._rows),
+            gelu_tanh=self._curves(gelu_tanh, self._rows),
             swiglu=self._curves(swiglu, lambda n: [torch.cat(2 * self._rows(n), -1)]),
             dropout=self._curves(lambda x: dropout(x, 0, 0, "mlp"), self._blocks),
             embedding=self._embedding(),
             attention_32=self._attention(head_width=32),
             attention_64=self._attention(head_width=64),
+            softmax_32=self._softmax(head_width=32),
+            softmax_64=self._softmax(head_width=64),
             state=self._state,
             block=self._block(),
             sinusoids=self._curves(
@@ -281,6 +291,28 @@ class _Bench:
             tuple(max(least[0], forward - states * state.forward[0]) for forward, _ in each),
             tuple(max(least[1], backward - states * state.backward[0]) for _, backward in each),
         )
+
+    def _softmax(self, head_width: int) -> Passes:
+        """A block of scores: from chunks that have one block of keys before them, and that have some more."""
+        each = []
+        for size in SIZES:
+            queries = min(SCORE_QUERIES, max(1, size // MOST_SCORE_KEYS))
+            _, keys = score_block(queries)
+            heads = size // (queries * keys)
+            few, many = (self._prefix_seconds(heads, queries, head_width, blocks * keys) for blocks in (1, 1 + _BLOCKS))
+            each.append([max(0.0, more - less) / _BLOCKS for less, more in zip(few, many, strict=True)])
+        return Passes(tuple(forward for forward, _ in each), tuple(backward for _, backward in each))
+
+    def _prefix_seconds(self, heads: int, queries: int, head_width: int, start: int) -> tuple[float, float]:
+        state = self._random(2, 1, heads, start + queries, head_width)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return prefix_attention(q, k, v, state, start)
+
+        def inputs() -> list[Tensor]:
+            return [self._random(1, heads, queries, head_width) for _ in range(3)]
+
+        return self._passes(attend, inputs, _CHAIN_NUMBERS // 8 // (heads * (start + queries)))
 
     @functools.cached_property
     def _state(self) -> Passes:
@@ -420,7 +452,7 @@ def _train_seconds(
 def _advance_seconds(config: ModelConfig, device: torch.device, length: int) -> float:
     """Of pass 1 over one chunk."""
     model = LanguageModel(config).initialize(seed=0).to(device)
-    tokens, states = torch.zeros(1, length, dtype=torch.int64, device=device), model.initial_states(1)
+    tokens, states = torch.zeros(1, length, dtype=torch.int64, device=device), model.initial_states(1, length)
 
     def advance() -> None:
         with torch.no_grad():

@@ -19,6 +19,7 @@ from slim_core.layers.features import Favor
 from slim_core.layers.gated import GatedAttention
 from slim_core.layers.head import embed, head_loss
 from slim_core.layers.linear import Linear, linear
+from slim_core.layers.norm import make_norm
 from slim_core.layers.performer import PerformerAttention
 from slim_core.layers.softmax import SoftmaxAttention
 from slim_core.planning.plan import StatePolicy
@@ -48,22 +49,26 @@ class Chunk(NamedTuple):
     hidden: Tensor
     """(B, C, D), what the head reads."""
     entry_states: States
-    """Leaves of the graph; their gradients belong to the chunk before."""
+    """Leaves of the graph, whose gradients belong to the chunk before; of softmax attention what was given."""
     exit_states: States
 
 
-class LayerNorm(nn.LayerNorm):
-    """Over the width, in the precision of its input with weights of their own."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return nn.functional.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU's approximation by tanh (Hendrycks and Gimpel, 2016), as GPT-2 has it."""
+    return nn.functional.gelu(x, approximate="tanh")
 
 
 def swiglu(x: Tensor) -> Tensor:
     """(..., 2 F) -> (..., F): swish of the first half times the second (Shazeer, "GLU Variants", 2020)."""
     gate, up = x.chunk(2, -1)
     return nn.functional.silu(gate) * up
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": gelu_tanh,
+    "swiglu": swiglu,
+}
 
 
 class Block(nn.Module):
@@ -73,12 +78,12 @@ class Block(nn.Module):
         super().__init__()
         self.layer = layer
         self.norm = config.norm
-        self.activate: Callable[[Tensor], Tensor] = nn.functional.gelu if config.activation == "gelu" else swiglu
+        self.activate = _ACTIVATIONS[config.activation]
         self.attention = _ATTENTION[config.attention](config, layer)
-        self.attention_norm = LayerNorm(config.model_width)
-        self.mlp_norm = LayerNorm(config.model_width)
-        self.mlp_in = Linear(config.model_width, config.mlp_in_width)
-        self.mlp_out = Linear(config.mlp_width, config.model_width)
+        self.attention_norm = make_norm(config)
+        self.mlp_norm = make_norm(config)
+        self.mlp_in = Linear(config.model_width, config.mlp_in_width, bias=config.mlp_bias)
+        self.mlp_out = Linear(config.mlp_width, config.model_width, bias=config.mlp_bias)
 
     def _mlp(self, x: Tensor) -> Tensor:
         hidden: Tensor = self.mlp_out(self.activate(self.mlp_in(x)))
@@ -95,7 +100,7 @@ class Block(nn.Module):
         inner = self._mlp(self.mlp_norm(x) if self.norm == "pre" else x)
         return self._sum(x, inner, self.mlp_norm, place, dropout, "mlp"), entry, exit_state
 
-    def _sum(self, x: Tensor, branch: Tensor, norm: LayerNorm, place: Place, dropout: Dropout, site: str) -> Tensor:
+    def _sum(self, x: Tensor, branch: Tensor, norm: nn.Module, place: Place, dropout: Dropout, site: str) -> Tensor:
         if self.norm == "branch":
             branch = norm(branch)
         x = x + dropout(branch, place.start, self.layer, site)
@@ -119,7 +124,7 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.embedding_width)
         self.position = None if config.max_positions is None else nn.Embedding(config.max_positions, config.model_width)
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.num_layers)])
-        self.final_norm = LayerNorm(config.model_width) if config.norm == "pre" else nn.Identity()
+        self.final_norm = make_norm(config) if config.norm == "pre" else nn.Identity()
         self.head = None if config.tied_embeddings else nn.Linear(config.model_width, config.vocab_size, bias=False)
 
     @property
@@ -159,9 +164,10 @@ class LanguageModel(nn.Module):
                 if isinstance(module, Favor):
                     module.redraw(step // every)
 
-    def initial_states(self, batch: int) -> States:
-        """States before position 0."""
-        return [block.attention.initial_state(batch) for block in self._blocks()]
+    def initial_states(self, batch: int, length: int) -> States:
+        """States before position 0 of sequences of `length` positions."""
+        dtype = self.compute_dtype or self.embedding.weight.dtype
+        return [block.attention.initial_state(batch, length, dtype) for block in self._blocks()]
 
     def forward_chunk(
         self,
@@ -233,11 +239,12 @@ class LanguageModel(nn.Module):
     def _embed(self, tokens: Tensor, start: int, documents: Documents | None, dropout: Dropout) -> tuple[Tensor, Place]:
         """Token embeddings with their positions, (B, C, D), and what the layers need to know."""
         config = self.config
-        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-        if documents is not None:
-            positions = documents.positions
+        starts, in_documents = (None, None) if documents is None else documents
+        positions = in_documents
+        if positions is None:
+            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         x = embed(tokens, self.embedding.weight)
-        if config.positions != "concatenated":
+        if config.scaled_embeddings and config.positions != "concatenated":
             x = x * math.sqrt(config.model_width)  # as large as the positions (Vaswani et al., section 3.4)
         if self.position is not None:
             longest = start + tokens.shape[1] if documents is None else int(positions.max()) + 1
@@ -250,6 +257,8 @@ class LanguageModel(nn.Module):
             table = sinusoids(positions, config.model_width // 2, x.dtype)
             x = torch.cat([x, table.expand(*x.shape[:-1], -1)], -1)
         x = x.to(self.compute_dtype or x.dtype)
-        turned = rotation(positions, config.head_width, x.dtype) if config.positions == "rotary" else None
-        place = Place(start, None if documents is None else documents.starts, turned)
+        turned = None
+        if config.positions == "rotary":
+            turned = rotation(positions, config.head_width, x.dtype, config.rotary_base, config.rotary_scaling)
+        place = Place(start, starts, in_documents, turned)
         return dropout(x, start, layer=-1, site="embedding"), place

@@ -10,9 +10,10 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from slim_core.config import ModelConfig
 from slim_core.layers.head import IGNORED
 from slim_core.model import Block, LanguageModel
 
@@ -47,7 +48,15 @@ def reference_logits(model: LanguageModel, tokens: Tensor, *, document_starts: T
         assert isinstance(block, Block)
         x = _block(block, x, positions, visible)
     head = model.embedding.weight if model.head is None else model.head.weight
-    return functional.linear(model.final_norm(x), head)
+    return functional.linear(_norm(model.final_norm, x, model.config), head)
+
+
+def _norm(norm: Any, x: Tensor, config: ModelConfig) -> Tensor:
+    if isinstance(norm, nn.Identity):
+        return x
+    shift = 0 if config.norm_type == "rms" else x.mean(-1, keepdim=True)
+    y = (x - shift) / ((x - shift).square().mean(-1, keepdim=True) + config.norm_epsilon).sqrt() * norm.weight
+    return y if config.norm_type == "rms" else torch.as_tensor(y + norm.bias)
 
 
 def _positions(starts: Tensor) -> Tensor:
@@ -63,16 +72,18 @@ def _embedding(model: LanguageModel, tokens: Tensor, positions: Tensor) -> Tenso
     config = model.config
     x: Tensor = model.embedding.weight[tokens]
     dtype = x.dtype
+    if config.scaled_embeddings and config.positions != "concatenated":
+        x = x * math.sqrt(config.model_width)
     match config.positions:
         case "sinusoidal":
-            return x * math.sqrt(config.model_width) + _sinusoids(positions, config.model_width).to(dtype)
+            return x + _sinusoids(positions, config.model_width).to(dtype)
         case "concatenated":
             return torch.cat([x, _sinusoids(positions, config.model_width // 2).to(dtype)], 2)
         case "learned":
             assert model.position is not None
-            return x * math.sqrt(config.model_width) + model.position.weight[positions.long()]
+            return x + model.position.weight[positions.long()]
         case "rotary" | "none":
-            return x * math.sqrt(config.model_width)
+            return x
     raise AssertionError(config.positions)
 
 
@@ -93,6 +104,9 @@ def _block(block: Block, x: Tensor, positions: Tensor, visible: Tensor) -> Tenso
         if config.activation == "swiglu":
             gate, up = hidden[..., : config.mlp_width], hidden[..., config.mlp_width :]
             hidden = gate * torch.sigmoid(gate) * up
+        elif config.activation == "gelu_tanh":
+            inner = math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)
+            hidden = hidden / 2 * (1 + torch.tanh(inner))
         else:
             hidden = functional.gelu(hidden)
         return functional.linear(hidden, block.mlp_out.weight, block.mlp_out.bias)
@@ -100,35 +114,43 @@ def _block(block: Block, x: Tensor, positions: Tensor, visible: Tensor) -> Tenso
     def attention(y: Tensor) -> Tensor:
         return _attention(block.attention, y, positions, visible)
 
+    def attention_norm(y: Tensor) -> Tensor:
+        return _norm(block.attention_norm, y, config)
+
+    def mlp_norm(y: Tensor) -> Tensor:
+        return _norm(block.mlp_norm, y, config)
+
     match config.norm:
         case "pre":
-            x = x + attention(block.attention_norm(x))
-            return x + mlp(block.mlp_norm(x))
+            x = x + attention(attention_norm(x))
+            return x + mlp(mlp_norm(x))
         case "post":
-            x = block.attention_norm(x + attention(x))
-            return torch.as_tensor(block.mlp_norm(x + mlp(x)))
+            x = attention_norm(x + attention(x))
+            return mlp_norm(x + mlp(x))
         case "branch":
-            x = x + block.attention_norm(attention(x))
-            return x + torch.as_tensor(block.mlp_norm(mlp(x)))
+            x = x + attention_norm(attention(x))
+            return x + mlp_norm(mlp(x))
 
 
 def _attention(attention: Any, x: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
     config = attention.config
     batch, length, width = x.shape
 
-    def heads(y: Tensor) -> Tensor:
-        return y.view(batch, length, config.num_heads, config.head_width).transpose(1, 2)
+    def heads(linear: Any, first: int, count: int) -> Tensor:
+        """(B, count, T, K): heads from number `first` on of a linear layer, one after the other."""
+        each = []
+        for head in range(first, first + count):
+            rows = slice(head * config.head_width, (head + 1) * config.head_width)
+            y = x @ linear.weight[rows].T
+            each.append(y if linear.bias is None else y + linear.bias[rows])
+        return torch.stack(each, 1)
 
-    def weights_of(linear: Any, part: int = 0) -> Tensor:
-        rows = slice(part * width, (part + 1) * width)
-        y = x @ linear.weight[rows].T
-        return torch.as_tensor(y if linear.bias is None else y + linear.bias[rows])
-
-    q = heads(weights_of(attention.query))
-    k = heads(weights_of(attention.key_value))
-    v = heads(weights_of(attention.key_value, part=1))
+    shared = config.num_heads // config.kv_heads
+    q = heads(attention.query, 0, config.num_heads)
+    k = heads(attention.key_value, 0, config.kv_heads).repeat_interleave(shared, 1)
+    v = heads(attention.key_value, config.kv_heads, config.kv_heads).repeat_interleave(shared, 1)
     if config.positions == "rotary":
-        q, k = _rotate(q, positions), _rotate(k, positions)
+        q, k = _rotate(q, positions, config), _rotate(k, positions, config)
     match config.attention:
         case "performer":
             out = _performer(attention, q, k, v, visible)
@@ -143,16 +165,37 @@ def _attention(attention: Any, x: Tensor, positions: Tensor, visible: Tensor) ->
         out = out * gate * torch.sigmoid(gate)
     if attention.output is not None:
         out = out @ attention.output.weight.T
+        if attention.output.bias is not None:
+            out = out + attention.output.bias
     return torch.as_tensor(out)
 
 
-def _rotate(x: Tensor, positions: Tensor) -> Tensor:
+def _rotate(x: Tensor, positions: Tensor, config: ModelConfig) -> Tensor:
     """Channels i and i + K / 2 as a complex number, times exp(i angle)."""
     half = x.shape[-1] // 2
-    frequencies = torch.tensor([10_000 ** (-channel / half) for channel in range(half)], dtype=torch.float64)
-    angle = positions[:, None, :, None] * frequencies.to(positions.device)
+    frequencies = [_frequency(channel, config) for channel in range(half)]
+    angle = positions[:, None, :, None] * torch.tensor(frequencies, dtype=torch.float64, device=positions.device)
     turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)
     return torch.cat([turned.real, turned.imag], -1).to(x.dtype)
+
+
+def _frequency(channel: int, config: ModelConfig) -> float:
+    """Of rotary positions, radians per position, after scaling."""
+    frequency = math.pow(config.rotary_base, -2 * channel / config.head_width)
+    scaling = config.rotary_scaling
+    if scaling is None:
+        return frequency
+    if scaling.name == "linear":
+        return frequency / scaling.factor
+    wavelength = 2 * math.pi / frequency
+    if wavelength < scaling.original_positions / scaling.high_frequency_factor:
+        return frequency
+    if wavelength > scaling.original_positions / scaling.low_frequency_factor:
+        return frequency / scaling.factor
+    smooth = (scaling.original_positions / wavelength - scaling.low_frequency_factor) / (
+        scaling.high_frequency_factor - scaling.low_frequency_factor
+    )
+    return (1 - smooth) * frequency / scaling.factor + smooth * frequency
 
 
 def _performer(attention: Any, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:

@@ -6,12 +6,13 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from slim_core.card import NO_ORIGIN, Curves, Origin, model_card
 from slim_core.compilation import compile_blocks
 from slim_core.config import TrainConfig
 from slim_core.data.dataset import Windows
@@ -22,7 +23,8 @@ from slim_core.model import LanguageModel
 from slim_core.optim import learning_rate, make_optimizer
 from slim_core.planning.plan import Plan
 from slim_core.step import evaluate_loss, slim_step
-from slim_core.weights.checkpoint import CheckpointFile, checkpoint_name, load_training, save_checkpoint
+from slim_core.weights.checkpoint import checkpoint_name, load_training, save_checkpoint
+from slim_core.weights.files import CheckpointFile
 from slim_core.weights.lora import add_adapters
 
 CHECKPOINT_SECONDS = 300.0
@@ -49,7 +51,7 @@ class StepMetrics:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """A validation loss."""
+    """A validation loss: after step 0 that of the weights which training starts from."""
 
     step: int
     loss: float
@@ -106,6 +108,7 @@ class _Progress:
     step: int = 0
     best_validation_loss: float | None = None
     evaluations_without_improvement: int = 0
+    curves: Curves = field(default_factory=Curves)
 
 
 class TrainingRun:
@@ -121,6 +124,7 @@ class TrainingRun:
         checkpoints_dir: Path,
         meter: MemoryMeter,
         stop_requested: Callable[[], bool] = lambda: False,
+        origin: Origin = NO_ORIGIN,
     ) -> None:
         self._model = model
         self._config = config
@@ -131,6 +135,7 @@ class TrainingRun:
         self._checkpoints_dir = checkpoints_dir
         self._meter = meter
         self._stop_requested = stop_requested
+        self._origin = origin
         self._device = next(model.parameters()).device
         if config.lora is not None:
             add_adapters(model, config.lora, config.seed)
@@ -154,7 +159,7 @@ class TrainingRun:
     def resume(self, folder: Path) -> None:
         """Continue from a checkpoint, bit for bit under the same plan, thread count and torch version."""
         training: dict[str, Any] = load_training(self._model, self._optimizer, folder)
-        self._progress = _Progress(**training)
+        self._progress = _Progress(**{**training, "curves": Curves(**training.get("curves", {}))})
         self._saved_step = self._progress.step
 
     def probe(self) -> int:
@@ -195,6 +200,8 @@ class TrainingRun:
         """Train to the end and say what happens. Raises DivergedError, and what the allocator raises at the cap."""
         config = self._config
         reason = "completed"
+        if self._validation is not None and self._progress == _Progress():
+            yield self._evaluate(self._validation)[0]  # what the weights know before the first step
         while self._progress.step < config.steps and not self._patience_is_over():
             try:
                 yield self._train_step()
@@ -234,6 +241,7 @@ class TrainingRun:
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=False)
         self._progress.step = step + 1
+        self._progress.curves.add_training(step + 1, loss, self._config.steps)
         self._validation_loss = None
         return StepMetrics(
             step=step + 1,
@@ -316,6 +324,7 @@ class TrainingRun:
         if not math.isfinite(loss):
             raise DivergedError(self._progress.step, "the validation loss")
         self._validation_loss = loss
+        self._progress.curves.add_validation(self._progress.step, loss)
         progress, stopping = self._progress, self._config.early_stopping
         best = progress.best_validation_loss
         improved = best is None or loss < best
@@ -338,7 +347,16 @@ class TrainingRun:
     def _save(self) -> Checkpoint:
         progress = self._progress
         training = asdict(progress)
-        files = save_checkpoint(self._checkpoints_dir, training.pop("step"), self._model, self._optimizer, training)
+        card = model_card(self._model.config, self._config, self._plan, self._origin, progress.curves, progress.step)
+        files = save_checkpoint(
+            self._checkpoints_dir,
+            training.pop("step"),
+            self._model,
+            self._optimizer,
+            training,
+            source=self._origin.source,
+            card=card,
+        )
         self._saved_step = progress.step
         self._saved_at = time.monotonic()
         return Checkpoint(progress.step, checkpoint_name(progress.step), files, self._validation_loss)

@@ -172,6 +172,7 @@ class Attempt:
             "validation_path": absolute(self._job.validation_path),
             "tokenizer": absolute(self._job.tokenizer_path),
             "validation_fraction": self._job.train.get("validation_fraction"),
+            "names": self._job.names,
             "checkpoints_dir": str(folder),
             "resume_from": None if resume_from is None else str(resume_from),
             "initial_weights": absolute(self._job.initial_weights_path),

@@ -11,7 +11,8 @@ from typing import Any
 
 from service.failures import HINTS
 
-_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_FILE_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]{0,127}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+"""Of a checkpoint's folder, or of one folder in it."""
 _MAX_COUNTS = 32
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -78,7 +79,7 @@ class Metric:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """A validation loss after `step`."""
+    """A validation loss after `step`, 0 for the weights that training starts from."""
 
     step: int
     loss: float

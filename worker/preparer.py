@@ -1,7 +1,7 @@
-"""The preparer: makes datasets' tokens and looks after tokenizers, one piece of work at a time, in a thread of the
+"""The preparer: makes datasets' tokens, looks after tokenizers and converts models, one at a time, in a thread of the
 worker's main process.
 
-The work itself is done by programs of slim_core.data, in a child with a memory limit of its own that dies with this
+The work itself is done by programs of slim_core, in a child with a memory limit of its own that dies with this
 thread. What they make is complete or absent, so a preparer may be killed at any moment: its lease runs out, and
 another one does the work again, or finds it done.
 """
@@ -48,6 +48,12 @@ CHECK_SECONDS = 120.0
 """How long a tokenizer may take to be looked at."""
 _LOG_BYTES = 8_192
 _MESSAGE_LENGTH = 500
+_TOO_LARGE = {
+    "dataset_invalid": "document_too_large",
+    "tokenizer_invalid": "tokenizer_too_large",
+    "model_invalid": "model_too_large",
+}
+"""What it is called if there is too little memory, by what it is called if something else is wrong."""
 
 logger = logging.getLogger(__name__)
 
@@ -79,11 +85,14 @@ class Preparer:
         prepare: str = "slim_core.data.prepare",
         train: str = "slim_core.data.train_tokenizer",
         check: str = "slim_core.data.check_tokenizer",
+        convert: str = "slim_core.weights.gguf_import",
+        check_model: str = "slim_core.weights.check_model",
     ) -> None:
         self._bind = bind
         self._settings = settings
         self._worker = worker
         self._prepare, self._train, self._check = prepare, train, check
+        self._convert, self._check_model = convert, check_model
         self._storage = Storage(settings.data_dir)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="preparer", daemon=True)
@@ -129,7 +138,13 @@ class Preparer:
     def _work(self, work: Preparation, lease: Lease) -> Write:
         """Do it; returns how to record the end. Raises PreparationFencedError."""
         try:
-            result = self._tokenise(work, lease) if work.kind == "tokenization" else self._tokenizer(work, lease)
+            match work.kind:
+                case "tokenization":
+                    result = self._tokenise(work, lease)
+                case "conversion":
+                    result = self._conversion(work, lease)
+                case _:
+                    result = self._tokenizer(work, lease)
         except StoppedError:
             return lambda session: preparations.give_back(session, work)
         except FailedError as error:
@@ -165,6 +180,17 @@ class Preparer:
             self._child(work, lease, self._train, arguments, self._settings.preparer_seconds)
         answer = self._child(work, lease, self._check, [folder], CHECK_SECONDS, broken="tokenizer_invalid")
         result: dict[str, Any] = json.loads(answer)
+        return result
+
+    def _conversion(self, work: Preparation, lease: Lease) -> dict[str, Any]:
+        """What an uploaded .gguf, which is deleted then, turned out to be. Raises as `_tokenise`."""
+        source, folder = self._source(work), self._storage.path(work.output_path)
+        if not folder.exists():  # which an attempt that was lost may have made
+            arguments = [source, str(folder)]
+            self._child(work, lease, self._convert, arguments, self._settings.preparer_seconds, broken="model_invalid")
+        answer = self._child(work, lease, self._check_model, [str(folder)], CHECK_SECONDS, broken="model_invalid")
+        result: dict[str, Any] = json.loads(answer)
+        Path(source).unlink(missing_ok=True)
         return result
 
     def _source(self, work: Preparation) -> str:
@@ -250,7 +276,7 @@ class Preparer:
             gone = preparations.gone(session, work)
         if gone:
             self._storage.remove(
-                str(Path(work.output_path).parent if work.kind == "tokenization" else work.output_path)
+                str(Path(work.output_path).parent if work.kind in ("tokenization", "conversion") else work.output_path)
             )
 
 
@@ -290,10 +316,10 @@ def _failure(status: int, log: str, broken: str) -> FailedError:
         return FailedError(broken, lines[-1], **(details if isinstance(details, dict) else {}))
     # Rust code does not return from an allocation that fails.
     if status == NO_MEMORY or (status == -signal.SIGABRT and "memory allocation" in log):
-        code = "tokenizer_too_large" if broken == "tokenizer_invalid" else "document_too_large"
+        code = _TOO_LARGE[broken]
         return FailedError(code, "It takes more memory than SLIMTUNE_PREPARER_MEMORY_BYTES allows.")
     if status == NO_SPACE:
-        return FailedError("disk_full", "There is no space left for the tokens.")
+        return FailedError("disk_full", "There is no space left for what is made.")
     how = f"by signal {-status}" if status < 0 else f"with status {status}"
     return FailedError("preparation_crashed", f"It ended {how}: {lines[-1]}", log=lines[-20:])
 

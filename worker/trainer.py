@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from slim_core.calibrate import warm_up
+from slim_core.card import Origin
 from slim_core.config import ModelConfig, TrainConfig
 from slim_core.data.dataset import Windows
 from slim_core.data.stream import Part
@@ -24,6 +25,8 @@ from slim_core.model import LanguageModel
 from slim_core.planning import Plan
 from slim_core.train import Checkpoint, DivergedError, Done, Evaluation, StepMetrics, TrainingRun
 from slim_core.weights.checkpoint import CheckpointError, load_weights
+from slim_core.weights.folder import ModelFolderError
+from slim_core.weights.source import ModelSource
 from worker.memory_watch import READING_EXCESS_BYTES
 from worker.report import EXIT_DONE, EXIT_ERROR, EXIT_MEMORY, EXIT_STOPPED, Reporter
 
@@ -83,10 +86,17 @@ def _load(
         load_weights(model, Path(spec["initial_weights"]))
     model.to(device)
     checkpoints_dir = Path(spec["checkpoints_dir"])
-    run = TrainingRun(model, config, Plan.from_json(spec["plan"]), data, validation, checkpoints_dir, meter, stop)
+    plan = Plan.from_json(spec["plan"])
+    run = TrainingRun(model, config, plan, data, validation, checkpoints_dir, meter, stop, _origin(spec))
     if spec["resume_from"] is not None:
         run.resume(Path(spec["resume_from"]))
     return run
+
+
+def _origin(spec: dict[str, Any]) -> Origin:
+    """What checkpoints take along: the base model's files, or those of the tokenizer alone, and names for the card."""
+    folder = spec["initial_weights"] or spec.get("tokenizer")
+    return Origin(None if folder is None else ModelSource.of(Path(folder)), spec.get("names", {}))
 
 
 def _data(spec: dict[str, Any], config: TrainConfig) -> tuple[Windows, Windows | None]:
@@ -152,7 +162,7 @@ def _explain(error: Exception) -> dict[str, str]:
         code = "diverged"
     elif isinstance(error, DatasetError):
         code = "dataset_invalid"
-    elif isinstance(error, CheckpointError):
+    elif isinstance(error, CheckpointError | ModelFolderError):
         code = "model_invalid"
     elif isinstance(error, OSError) and error.errno in NO_SPACE_ERRORS:
         code = "disk_full"

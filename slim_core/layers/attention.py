@@ -1,16 +1,17 @@
 """What every kind of attention offers to `slim_core.model`, and what they share: positions and heads.
 
-Legend: B batch, H heads, C positions of a chunk, D model width, K = D / H head width.
+Legend: B batch, H heads, G of keys and values, C positions of a chunk, D model width, K = D / H head width.
 """
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from slim_core.config import ModelConfig
+from slim_core.config import ModelConfig, RotaryScalingConfig
 from slim_core.layers.linear import Linear
 from slim_core.planning.plan import StatePolicy
 
@@ -22,6 +23,8 @@ class Place(NamedTuple):
     """Absolute position of the chunk's first token."""
     starts: Tensor | None
     """(B, C) booleans, true where a document begins; None where none does."""
+    positions: Tensor | None
+    """(B, C) integers, distance from the start of the document; None for one document a row."""
     rotation: tuple[Tensor, Tensor] | None
     """Cosines and sines, (..., C, K / 2), of rotary positions."""
 
@@ -47,11 +50,11 @@ class Attention(nn.Module):
         width, bias = config.model_width, config.attention_bias
         self.query = Linear(width, width, bias=bias)
         # Apart from the queries, so that pass 1 of the last layer adds to the state what pass 2 subtracts, bit for bit.
-        self.key_value = Linear(width, 2 * width, bias=bias)
-        self.output = Linear(width, width, bias=False) if config.output_projection else None
+        self.key_value = Linear(width, 2 * config.kv_width, bias=bias)
+        self.output = Linear(width, width, bias=config.output_bias) if config.output_projection else None
 
-    def initial_state(self, batch: int) -> Tensor:
-        """State before position 0."""
+    def initial_state(self, batch: int, length: int, dtype: torch.dtype) -> Tensor:
+        """State before position 0 of sequences of `length` positions, computed in `dtype`."""
         raise NotImplementedError
 
     def exit_state(self, x: Tensor, entry: Tensor, place: Place) -> Tensor:
@@ -72,31 +75,53 @@ class Attention(nn.Module):
         raise NotImplementedError
 
 
-def angles(positions: Tensor, width: int) -> Tensor:
-    """(..., width / 2) float64: position / 10,000^(2 i / width) ("Attention Is All You Need", section 3.5).
+def frequencies(width: int, base: float, device: torch.device) -> Tensor:
+    """(width / 2) float64: base^(-2 i / width) ("Attention Is All You Need", section 3.5)."""
+    channel = torch.arange(0, width, 2, dtype=torch.float64, device=device)
+    frequency: Tensor = base ** (-channel / width)
+    return frequency
 
-    In float64, where position 10^6 still has all its digits.
-    """
-    channel = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device)
-    return positions.to(torch.float64).unsqueeze(-1) * 10_000 ** (-channel / width)
+
+def angles(positions: Tensor, frequency: Tensor) -> Tensor:
+    """(..., width / 2): in float64, where position 10^6 still has all its digits."""
+    return positions.to(torch.float64).unsqueeze(-1) * frequency
 
 
 def sinusoids(positions: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """(..., width): sines, then cosines."""
-    angle = angles(positions, width)
+    angle = angles(positions, frequencies(width, 10_000, positions.device))
     return torch.cat([angle.sin().to(dtype), angle.cos().to(dtype)], dim=-1)
 
 
-def rotation(positions: Tensor, head_width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotation(
+    positions: Tensor,
+    head_width: int,
+    dtype: torch.dtype,
+    base: float = 10_000.0,
+    scaling: RotaryScalingConfig | None = None,
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines for `Place.rotated`, of positions (C,) or (B, C)."""
-    angle = angles(positions, head_width)
+    frequency = frequencies(head_width, base, positions.device)
+    angle = angles(positions, frequency if scaling is None else scaled(frequency, scaling))
     if angle.dim() == 3:
         angle = angle.unsqueeze(1)  # the same for all heads
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
+def scaled(frequency: Tensor, scaling: RotaryScalingConfig) -> Tensor:
+    """Frequencies slowed down: all by the factor ("position interpolation", Chen et al., 2023); or those that turn
+    rarely within the positions of the first training, as in Llama 3.1 (`_compute_llama3_parameters` of transformers).
+    """
+    if scaling.name == "linear":
+        return frequency / scaling.factor
+    turns = scaling.original_positions * frequency / (2 * math.pi)
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequency * (kept + (1 - kept) / scaling.factor)
+
+
 def split_heads(x: Tensor, num_heads: int, parts: int) -> list[Tensor]:
-    """(B, C, parts * D) -> `parts` views (B, H, C, K)."""
+    """(B, C, parts * H * K) -> `parts` views (B, H, C, K); with the G heads of keys and values likewise."""
     batch, length, _ = x.shape
     return list(x.view(batch, length, parts, num_heads, -1).permute(2, 0, 3, 1, 4).unbind())
 

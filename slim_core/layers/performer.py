@@ -235,7 +235,7 @@ class PerformerAttention(Attention):
         super().__init__(config)
         self.features = make_feature_map(config, layer)
 
-    def initial_state(self, batch: int) -> Tensor:
+    def initial_state(self, batch: int, length: int, dtype: torch.dtype) -> Tensor:
         """State before position 0: zeros, (B, H, M, K + 1) in float64."""
         config = self.config
         shape = (batch, config.num_heads, config.features_per_head, config.head_width + 1)
@@ -247,9 +247,15 @@ class PerformerAttention(Attention):
         return features
 
     def _keys_and_values(self, x: Tensor, place: Place) -> tuple[Tensor, Tensor]:
-        k, v = split_heads(self.key_value(x), self.config.num_heads, parts=2)
+        k, v = split_heads(self.key_value(x), self.config.kv_heads, parts=2)
+        features = self.features(place.rotated(k.contiguous()), is_query=False)
         # A copy of v: a view would keep keys and values as they came from the product, twice as much, until backward.
-        return self.features(place.rotated(k.contiguous()), is_query=False), v.contiguous()
+        return self._for_each_query_head(features), self._for_each_query_head(v.contiguous())
+
+    def _for_each_query_head(self, x: Tensor) -> Tensor:
+        """(B, G, C, X) -> (B, H, C, X): a head of keys and values again for each of its query heads."""
+        shared = self.config.num_heads // self.config.kv_heads
+        return x if shared == 1 else x.repeat_interleave(shared, 1)
 
     def exit_state(self, x: Tensor, entry: Tensor, place: Place) -> Tensor:
         """State after the chunk x, (B, C, D), without its outputs: keys and values only."""

@@ -1,6 +1,6 @@
 """The planner: from a memory cap to a schedule. Pure Python, so that the API can answer without torch."""
 
-from slim_core.planning.choose import default_calibration, plan_job, plan_with_lessons
+from slim_core.planning.choose import check_chunking, default_calibration, plan_job, plan_with_lessons
 from slim_core.planning.plan import (
     Calibration,
     Chunking,
@@ -21,6 +21,7 @@ __all__ = [
     "Plan",
     "StatePolicy",
     "Workload",
+    "check_chunking",
     "default_calibration",
     "plan_job",
     "plan_with_lessons",

@@ -3,51 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 
 from slim_core.config import LoraConfig
 from slim_core.planning.costs import Overheads, Update, uniform_costs
-from slim_core.planning.memory_model import Schedule, check_adapters, predict_peak
-from slim_core.planning.plan import (
-    Calibration,
-    Chunking,
-    FrontierPoint,
-    MemoryBreakdown,
-    MemoryCapInfeasibleError,
-    Plan,
-    StatePolicy,
-    Workload,
+from slim_core.planning.longest import longest_sequence
+from slim_core.planning.memory_model import Schedule
+from slim_core.planning.plan import Calibration, Chunking, FrontierPoint, MemoryCapInfeasibleError, Plan, Workload
+from slim_core.planning.schedules import (
+    Candidate,
+    allowed_policies,
+    candidate,
+    least_peak,
+    peak,
+    schedules,
+    small_schedules,
+    whole_sequences,
 )
-from slim_core.planning.time_model import step_seconds
+from slim_core.planning.shapes import check_adapters
 
-SHORTEST_CHUNK = 16
-"""The planner's shortest. Shorter ones cost time and save nothing: by then the states outweigh the activations."""
-LONGEST_SEQUENCE = 1 << 31
-"""Where the search for the longest sequence ends."""
-_LONGEST_SEARCHED = 11
-"""Powers of two among the chunk lengths whose memory is compared for it; the least one is short."""
-_INTERPOLATIONS = 8
-"""Steps of that search that take the peak for linear in the length, which it nearly is; then it halves."""
 _SHORTLIST = 6
 """The schedules of least memory, of which one is still that when the workload is changed a little."""
 _SIMILAR = 1.02
 """Plans within 2 % of the fastest count as equally fast: of those the one that needs least memory wins."""
 
 _MIB = 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A schedule and what it would cost."""
-
-    schedule: Schedule
-    breakdown: MemoryBreakdown
-    step_seconds: float
-
-    @property
-    def peak_bytes(self) -> int:
-        return self.breakdown.total
 
 
 def default_calibration() -> Calibration:
@@ -82,15 +63,15 @@ def plan_job(
 
     Raises:
         MemoryCapInfeasibleError: nothing fits; carries the smallest cap and the longest sequence that would.
-        ValueError: `chunking` is not possible for this sequence, or adapters for this model.
+        ValueError: `chunking` is not possible for this sequence or this attention, or adapters for this model.
     """
     train = workload.train
-    if chunking is not None and not 1 <= chunking.chunk_length <= train.sequence_length:
-        raise ValueError(f"chunk_length: must be between 1 and sequence_length ({train.sequence_length})")
+    if chunking is not None:
+        check_chunking(workload, chunking)
     if train.lora is not None:
         check_adapters(workload.model, train.lora)
     candidates = [
-        _candidate(workload, schedule, calibration) for schedule in schedules(workload, chunking, max_positions)
+        candidate(workload, schedule, calibration) for schedule in schedules(workload, chunking, max_positions)
     ]
     smallest = min(candidates, key=lambda c: (c.peak_bytes, c.step_seconds))
     fitting = [c for c in candidates if c.peak_bytes <= memory_cap_bytes]
@@ -100,8 +81,8 @@ def plan_job(
     chosen = min(
         (c for c in fitting if c.step_seconds <= fastest * _SIMILAR), key=lambda c: (c.peak_bytes, c.step_seconds)
     )
-    whole = Schedule(train.sequence_length, "keep", train.batch_size)
-    unchunked = next((c for c in candidates if c.schedule == whole), None) or _candidate(workload, whole, calibration)
+    whole = whole_sequences(workload, train.batch_size)
+    unchunked = next((c for c in candidates if c.schedule == whole), None) or candidate(workload, whole, calibration)
     schedule = chosen.schedule
     return Plan(
         chunk_length=schedule.chunk_length,
@@ -115,7 +96,7 @@ def plan_job(
         predicted_total_seconds=chosen.step_seconds * train.steps,
         unchunked_peak_bytes=unchunked.peak_bytes,
         minimum_cap_bytes=smallest.peak_bytes,
-        max_sequence_length=_longest_sequence(workload, memory_cap_bytes, calibration, chunking),
+        max_sequence_length=longest_sequence(workload, memory_cap_bytes, calibration, chunking),
         check_chunk_length=_check_chunk_length(workload, memory_cap_bytes, calibration, schedule),
         reason=_reason(chosen, unchunked, fitting, candidates, memory_cap_bytes, chunking),
         calibration_source=calibration.source,
@@ -123,6 +104,15 @@ def plan_job(
         frontier=tuple(_frontier(candidates)),
         calibration_version=calibration.version,
     )
+
+
+def check_chunking(workload: Workload, chunking: Chunking) -> None:
+    """Raises ValueError, which begins with the field's name, where a user's own choice is impossible."""
+    longest, allowed = workload.train.sequence_length, allowed_policies(workload)
+    if not 1 <= chunking.chunk_length <= longest:
+        raise ValueError(f"chunk_length: must be between 1 and sequence_length ({longest})")
+    if chunking.state_policy is not None and chunking.state_policy not in allowed:
+        raise ValueError(f"state_policy: {workload.model.attention} attention has {', '.join(allowed)}")
 
 
 def plan_with_lessons(
@@ -142,70 +132,29 @@ def plan_with_lessons(
     return plan_job(workload, memory_cap_bytes, replace(calibration, peak_excess_bytes=0), chunking, max_positions)
 
 
-def schedules(workload: Workload, chunking: Chunking | None, max_positions: int | None) -> Iterator[Schedule]:
-    """What the planner considers: chunk lengths 2^i and 3 * 2^i and the whole sequence, and the policies `keep` and
-    `reverse`. `stride` would never win: `reverse` needs less memory and `keep` less time.
-
-    Micro-batches are halved batches of whole sequences, or one sequence in chunks: a longer chunk of fewer sequences
-    has as many positions at once, fewer states and fewer chunks. Under a chunk length of the user's all are considered.
-    """
-    sequence_length, whole_batch = workload.train.sequence_length, workload.train.batch_size
-    longest = min(sequence_length, max_positions or sequence_length)
-    if chunking is None:
-        lengths = {longest}
-        for exponent in range(longest.bit_length()):
-            lengths |= {n for n in (1 << exponent, 3 << exponent) if SHORTEST_CHUNK <= n <= longest}
-    else:
-        lengths = {min(longest, chunking.chunk_length)}
-    batch_sizes = {max(1, whole_batch >> shift) for shift in range(whole_batch.bit_length())}
-    for chunk_length in sorted(lengths):
-        policies: tuple[StatePolicy, ...] = ("keep", "reverse")
-        if chunk_length == sequence_length:
-            policies = ("keep",)  # one chunk: there is nothing to keep or to reverse
-        elif chunking is not None:
-            policies = (chunking.state_policy,)
-        for batch_size in sorted(batch_sizes if chunking is not None or chunk_length == sequence_length else {1}):
-            if max_positions is not None and batch_size * chunk_length > max_positions:
-                continue
-            for policy in policies:
-                yield Schedule(chunk_length, policy, batch_size)
-
-
 def _check_chunk_length(workload: Workload, cap: int, calibration: Calibration, chosen: Schedule) -> int | None:
     """The whole sequence, if one alone fits and the plan has chunks; else chunks half or twice as long."""
     whole, own = workload.train.sequence_length, chosen.chunk_length
     for length in (whole, own // 2, min(2 * own, whole)):
         if length not in (0, own):
             schedule = Schedule(length, chosen.state_policy, micro_batch_size=1)
-            if _peak(workload, schedule, calibration).total <= cap:
+            if peak(workload, schedule, calibration).total <= cap:
                 return length
     return None
-
-
-def _candidate(workload: Workload, schedule: Schedule, calibration: Calibration) -> Candidate:
-    breakdown = _peak(workload, schedule, calibration)
-    return Candidate(schedule, breakdown, step_seconds(workload, schedule, calibration))
-
-
-def _peak(workload: Workload, schedule: Schedule, calibration: Calibration) -> MemoryBreakdown:
-    """By the memory model, and what jobs of this model taught beside it."""
-    breakdown = predict_peak(workload, schedule, calibration)
-    excess = calibration.peak_excess_bytes
-    return replace(breakdown, learned=excess) if excess else breakdown
 
 
 def _frontier(candidates: list[Candidate]) -> Iterator[FrontierPoint]:
     """The candidates that no other beats in memory and time at once, from the smallest to the fastest."""
     fastest = math.inf
-    for candidate in sorted(candidates, key=lambda c: (c.peak_bytes, c.step_seconds)):
-        if candidate.step_seconds < fastest:
-            fastest = candidate.step_seconds
+    for each in sorted(candidates, key=lambda c: (c.peak_bytes, c.step_seconds)):
+        if each.step_seconds < fastest:
+            fastest = each.step_seconds
             yield FrontierPoint(
-                chunk_length=candidate.schedule.chunk_length,
-                state_policy=candidate.schedule.state_policy,
-                micro_batch_size=candidate.schedule.micro_batch_size,
-                predicted_peak_bytes=candidate.peak_bytes,
-                predicted_step_seconds=candidate.step_seconds,
+                chunk_length=each.schedule.chunk_length,
+                state_policy=each.schedule.state_policy,
+                micro_batch_size=each.schedule.micro_batch_size,
+                predicted_peak_bytes=each.peak_bytes,
+                predicted_step_seconds=each.step_seconds,
             )
 
 
@@ -246,7 +195,7 @@ def _infeasible(
 ) -> MemoryCapInfeasibleError:
     shortlist = sorted(candidates, key=lambda c: (c.peak_bytes, c.step_seconds))[:_SHORTLIST]
     smallest = shortlist[0]
-    longest = _longest_sequence(workload, cap, calibration, chunking)
+    longest = longest_sequence(workload, cap, calibration, chunking)
     suggestions = [f"raise memory_cap to {smallest.peak_bytes} bytes ({_size(smallest.peak_bytes)}) or more"]
     if longest:
         shorter_chunks = chunking is not None and chunking.chunk_length > longest
@@ -254,13 +203,14 @@ def _infeasible(
             f"shorten sequence_length to {longest} or less" + (", and chunk_length with it" if shorter_chunks else "")
         )
     if chunking is not None:
-        least = _least_peak(workload, schedules(workload, None, None), calibration)
+        least = least_peak(workload, schedules(workload, None, None), calibration)
         if least <= cap:
             suggestions.append(f'set chunking to "auto": the planner has schedules that fit, from {_size(least)} on')
     for change, changed in _changes(workload):
-        least = _least_peak(changed, (candidate.schedule for candidate in shortlist), calibration)
+        least = least_peak(changed, (each.schedule for each in shortlist), calibration)
         if least <= cap:
             suggestions.append(f"{change}: the smallest schedule then needs {_size(least)}")
+    suggestions += _other_attention(workload, cap, calibration, chunking)
     fixed = smallest.breakdown
     model_bytes = fixed.parameters + fixed.gradients + fixed.optimizer
     if fixed.runtime >= cap:
@@ -291,60 +241,21 @@ def _changes(workload: Workload) -> Iterator[tuple[str, Workload]]:
         yield 'set method to {"type": "lora"}', replace(workload, train=replace(train, lora=LoraConfig()))
 
 
-def _least_peak(workload: Workload, considered: Iterable[Schedule], calibration: Calibration) -> int:
-    return min(_peak(workload, schedule, calibration).total for schedule in considered)
-
-
-def _longest_sequence(workload: Workload, cap: int, calibration: Calibration, chunking: Chunking | None) -> int:
-    """The longest sequence with a plan under the cap, other things equal; 0 if there is none.
-
-    Under `reverse` the chunk length of least memory is the same for all sequences that have more than one chunk of it.
-    """
-    if chunking is None:
-        policy: StatePolicy = "reverse"
-        lengths = {1 << exponent for exponent in range(_LONGEST_SEARCHED)} | {3 << e for e in range(_LONGEST_SEARCHED)}
-        endless = _with_length(workload, LONGEST_SEQUENCE)
-        own = min(
-            (length for length in lengths if length >= SHORTEST_CHUNK),
-            key=lambda length: (predict_peak(endless, Schedule(length, policy, 1), calibration).total, length),
+def _other_attention(
+    workload: Workload, cap: int, calibration: Calibration, chunking: Chunking | None
+) -> Iterator[str]:
+    """A Transformer as a performer, if that would fit: its memory does not grow with the sequence."""
+    if workload.model.attention != "softmax":
+        return
+    performer = replace(workload, model=replace(workload.model, attention="performer", feature_map="favor"))
+    own = None if chunking is None else replace(chunking, state_policy=None)
+    considered = small_schedules(performer) if own is None else schedules(performer, own, None)
+    least = least_peak(performer, considered, calibration)
+    if least <= cap:
+        yield (
+            f'set attention to "performer", which approximates this model\'s own: the smallest schedule then needs '
+            f"{_size(least)}"
         )
-    else:
-        policy, own = chunking.state_policy, chunking.chunk_length
-
-    def least_peak(length: int) -> int:
-        considered = [Schedule(min(own, length), policy, 1)]
-        if chunking is None:  # where states outweigh activations, few chunks may be kept for less, or be one
-            considered += [Schedule(min(own, length), "keep", 1), Schedule(length, "keep", 1)]
-        return _least_peak(_with_length(workload, length), considered, calibration)
-
-    return _last_below(least_peak, cap, nearly_linear_from=min(2 * own, LONGEST_SEQUENCE))
-
-
-def _last_below(peak: Callable[[int], int], cap: int, nearly_linear_from: int) -> int:
-    """The largest length up to LONGEST_SEQUENCE whose peak is at most the cap, for a peak that grows; 0 if none."""
-    low, high = nearly_linear_from, LONGEST_SEQUENCE
-    if (high_peak := peak(high)) <= cap:
-        return high
-    if (low_peak := peak(low)) > cap:
-        low, high = 0, low
-        interpolations = 0
-    else:
-        interpolations = _INTERPOLATIONS
-    while high - low > 1:
-        middle = (low + high) // 2
-        if interpolations > 0:
-            interpolations -= 1
-            middle = low + (cap - low_peak) * (high - low) // (high_peak - low_peak)
-            middle = min(max(middle, low + 1), high - 1)
-        if (middle_peak := peak(middle)) <= cap:
-            low, low_peak = middle, middle_peak
-        else:
-            high, high_peak = middle, middle_peak
-    return low
-
-
-def _with_length(workload: Workload, length: int) -> Workload:
-    return replace(workload, train=replace(workload.train, sequence_length=length))
 
 
 def _size(number_of_bytes: int) -> str:

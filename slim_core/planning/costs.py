@@ -41,6 +41,7 @@ class Costs(_Json):
     """Two products with matrices of rank 8 and the sum with another layer's result."""
     adapter_32: Passes
     norm: Passes
+    rms_norm: Passes
     add: Passes
     """Sum of two tensors."""
     column_sum: Passes
@@ -53,6 +54,7 @@ class Costs(_Json):
     elu1: Passes
     favor: Passes
     gelu: Passes
+    gelu_tanh: Passes
     swiglu: Passes
     dropout: Passes
     """Masks of whole blocks of 64 positions."""
@@ -60,6 +62,9 @@ class Costs(_Json):
     attention_32: Passes
     """Causal linear attention of heads of width 32, without what depends on its states."""
     attention_64: Passes
+    softmax_32: Passes
+    """A block of scores of softmax attention with heads of width 32; size is the number of scores."""
+    softmax_64: Passes
     state: Passes
     """One number: seconds per number of a state, between a chunk and the next."""
     block: Passes
@@ -117,6 +122,7 @@ def uniform_costs(flops_per_second: float, numbers_per_second: float, call_secon
         adapter_8=passes(4, 8, flops=(32, 64)),
         adapter_32=passes(4, 8, flops=(128, 256)),
         norm=passes(2, 3),
+        rms_norm=passes(3, 5),
         add=passes(1),
         column_sum=passes(1),
         heads=passes(2, 4),
@@ -126,11 +132,14 @@ def uniform_costs(flops_per_second: float, numbers_per_second: float, call_secon
         elu1=passes(3, 3),
         favor=passes(8, 12, flops=(128, 128)),
         gelu=passes(1, 2),
+        gelu_tanh=passes(1, 2),
         swiglu=passes(3, 6),
         dropout=passes(6, 2),
         embedding=passes(1, 2),
         attention_32=passes(10, 25, flops=(384, 960)),
         attention_64=passes(10, 25, flops=(512, 1280)),
+        softmax_32=passes(5, 9, flops=(128, 320)),
+        softmax_64=passes(5, 9, flops=(256, 640)),
         state=Passes((4 / numbers_per_second,), (4 / numbers_per_second,)),
         block=Passes((2 * call_seconds,), (4 * call_seconds,)),
         sinusoids=passes(6),

@@ -8,7 +8,7 @@ from typing import Literal
 from slim_core.config import ModelConfig, TrainConfig, _Json
 from slim_core.planning.costs import Costs, Overheads, Update
 
-StatePolicy = Literal["keep", "reverse", "stride"]
+StatePolicy = Literal["keep", "reverse", "stride", "prefix"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,8 @@ class Chunking(_Json):
     """A user's own choice in place of the planner's."""
 
     chunk_length: int
-    state_policy: StatePolicy = "keep"
+    state_policy: StatePolicy | None = None
+    """None for what goes with the model's attention: `keep`, or `prefix` of softmax attention."""
 
 
 @dataclass(frozen=True, slots=True)

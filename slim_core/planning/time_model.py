@@ -23,10 +23,10 @@ from slim_core.planning.memory_model import (
     Schedule,
     default_stride,
     head_block_rows,
-    layer_matrices,
-    num_trained,
 )
 from slim_core.planning.plan import Calibration, Workload
+from slim_core.planning.shapes import layer_matrices, num_trained, num_trained_tensors
+from slim_core.planning.sites import score_block
 
 _BACKWARD = 2
 """Cost of backward in forwards: a product for each of its two operands."""
@@ -97,11 +97,12 @@ def step_seconds(workload: Workload, schedule: Schedule, calibration: Calibratio
     products = at_rows(costs.product, batch * length)
 
     layer = _layer_of(model, train, num_chunks > 1)
-    attention, contribution = _attention_seconds(model, costs, batch, length)
+    attention, contribution = _attention_seconds(model, train, costs, batch, length)
     forward, backward = _layer_seconds(layer, costs, products, batch * length)
     forward += attention.forward + overheads.layer_forward
     backward += layer.attention_backward * attention.backward + overheads.layer_backward
-    keys_and_values = at_width(products, math.sqrt(2) * model.model_width) + contribution + overheads.layer_forward / 2
+    keys_and_values = at_width(products, math.sqrt(2 * model.kv_width * model.model_width))
+    keys_and_values += contribution + overheads.layer_forward / 2
     mask = _mask_seconds(model, train, costs, batch, length)
     forward += 2 * mask.forward
     backward += 2 * mask.backward
@@ -129,21 +130,29 @@ def _layer_of(model: ModelConfig, train: TrainConfig, chunked: bool) -> _Layer:
     above = 1.0 if train.lora is None else (model.num_layers - 1) / model.num_layers
     adapted = () if train.lora is None else train.lora.targets
     at_heads = 1.0 if train.lora is None or {"query", "key_value"} & {*adapted} else above
-    at_attention = 1.0 if chunked else at_heads
+    at_attention = 1.0 if chunked and model.attention == "performer" else at_heads
+    at_both = (d + model.kv_width) / 2  # a mean of queries and keys
     sites = [
-        _Site("norm", d, 2, 1 + above),
-        _Site("heads", d, 2, 2 * at_heads),  # q, k, v, and attention's output: two copies each time
-        _Site(model.feature_map, model.num_heads * model.features_per_head, 2, 2 * at_heads),
+        _Site(_norm_of(model), d, 2, 1 + above),
         _Site("add", d, 2, 0),
-        _Site("add", model.mlp_in_width + d, 1, 0),  # biases of the MLP, copied before the product adds to them
         _Site(model.activation, model.mlp_width, 1, 1),
     ]
+    if bias_width := _bias_width(model):
+        sites.append(_Site("add", bias_width, 1, 0))  # copied before the product adds to them
+    if model.attention == "softmax":
+        sites.append(_Site("heads", model.kv_width, 1, at_heads))  # k and v, into the state
+    else:
+        sites.append(_Site("heads", at_both, 2, 2 * at_heads))  # q, k, v, and attention's output: two copies each time
+        shared = model.num_heads // model.kv_heads
+        features = model.num_heads * model.features_per_head
+        sites.append(_Site(model.feature_map, features * (1 + 1 / shared) / 2, 2, 2 * at_heads))
+        if shared > 1:  # features of keys, and values, repeated for every query head
+            sites.append(_Site("add", features + d, 1, at_heads))
     if model.positions == "rotary":
-        sites.append(_Site("rotary", d, 2, 2 * at_heads))
+        sites.append(_Site("rotary", at_both, 2, 2 * at_heads))
     # Of x twice, and of attention's input from queries, keys and values.
     gradients = [_Gradient("add", d, 3 * above)]
-    if train.lora is None:
-        bias_width = model.mlp_in_width + d + (3 * d if model.attention_bias else 0)
+    if train.lora is None and bias_width:
         gradients.append(_Gradient("column_sum", bias_width, 1))
     products = []
     for name, (outputs, inputs) in layer_matrices(model).items():
@@ -154,6 +163,18 @@ def _layer_of(model: ModelConfig, train: TrainConfig, chunked: bool) -> _Layer:
             width = (outputs + inputs) / 2
             sites += [_Site("adapter_8", width, 1 - share, 1 - share), _Site("adapter_32", width, share, share)]
     return _Layer(tuple(sites), tuple(gradients), tuple(products), at_attention)
+
+
+def _norm_of(model: ModelConfig) -> str:
+    """The name of its primitive in `Costs`."""
+    return "rms_norm" if model.norm_type == "rms" else "norm"
+
+
+def _bias_width(model: ModelConfig) -> int:
+    """All biases of a layer."""
+    d = model.model_width
+    attention = (d + 2 * model.kv_width if model.attention_bias else 0) + (d if model.output_bias else 0)
+    return attention + (model.mlp_in_width + d if model.mlp_bias else 0)
 
 
 def _layer_seconds(layer: _Layer, costs: Costs, products: Curve, rows: float) -> _Seconds:
@@ -178,7 +199,40 @@ def _layer_seconds(layer: _Layer, costs: Costs, products: Curve, rows: float) ->
     return _Seconds(forward, backward)
 
 
-def _attention_seconds(model: ModelConfig, costs: Costs, batch: float, length: float) -> tuple[_Seconds, float]:
+def _attention_seconds(
+    model: ModelConfig, train: TrainConfig, costs: Costs, batch: float, length: float
+) -> tuple[_Seconds, float]:
+    """Attention itself, and what a chunk adds to a state alone."""
+    if model.attention == "softmax":
+        return _softmax_seconds(model, train, costs, batch, length), 0.0
+    return _linear_seconds(model, costs, batch, length)
+
+
+def _softmax_seconds(model: ModelConfig, train: TrainConfig, costs: Costs, batch: float, length: float) -> _Seconds:
+    """Of a chunk with as many positions before it as the mean chunk, block by block (`slim_core.layers.softmax`)."""
+    blocks, scores = score_blocks(length, (train.sequence_length - length) / 2)
+    scores *= batch * model.num_heads / blocks
+    # Along a straight line between the two widths measured: passes over scores, and products with keys and values.
+    share = (model.head_width - _NARROW_HEAD) / (_WIDE_HEAD - _NARROW_HEAD)
+    narrow, wide = costs.softmax_32, costs.softmax_64
+    forward, backward = (
+        max(0.0, (1 - share) * at_size(narrow_curve, scores) + share * at_size(wide_curve, scores))
+        for narrow_curve, wide_curve in ((narrow.forward, wide.forward), (narrow.backward, wide.backward))
+    )
+    return _Seconds(blocks * forward, blocks * backward)
+
+
+def score_blocks(length: float, before: float) -> tuple[float, float]:
+    """How many blocks of scores a chunk has that begins at position `before`, and how many scores of one head are in
+    all of them: for each block of queries one with its own keys, and the keys before them in blocks."""
+    queries, keys = score_block(math.ceil(length))
+    parts = math.ceil(length / queries)
+    mean = length / parts  # queries of a block
+    earlier = before + (length - mean) / 2
+    return parts * (1 + math.ceil(earlier / keys)), length * (mean + earlier)
+
+
+def _linear_seconds(model: ModelConfig, costs: Costs, batch: float, length: float) -> tuple[_Seconds, float]:
     """Attention itself (`slim_core.layers.performer`), and what a chunk adds to a state alone."""
     head, features = model.head_width, model.features_per_head
     narrow = head < math.sqrt(_NARROW_HEAD * _WIDE_HEAD)
@@ -210,15 +264,19 @@ def _ends_seconds(model: ModelConfig, train: TrainConfig, costs: Costs, batch: f
     d = model.model_width
     numbers = batch * length * d
     scaled = at_size(costs.add.forward, numbers)
-    forward = at_size(costs.embedding.forward, batch * length * model.embedding_width) + scaled
-    backward = scaled
+    forward = at_size(costs.embedding.forward, batch * length * model.embedding_width)
+    backward = 0.0
+    if model.scaled_embeddings and model.positions != "concatenated":
+        forward += scaled
+        backward += scaled
     positions = {"sinusoidal": d, "concatenated": d // 2, "rotary": model.head_width}.get(model.positions, 0)
     if positions:
         forward += at_size(costs.sinusoids.forward, length * positions) + scaled
     if train.lora is None:
         backward += at_size(costs.embedding.backward, batch * length * model.embedding_width)
     if model.norm == "pre":
-        backward += at_size(costs.norm.forward, numbers) + at_size(costs.norm.backward, numbers)
+        norm: Passes = getattr(costs, _norm_of(model))
+        backward += at_size(norm.forward, numbers) + at_size(norm.backward, numbers)
     return _Seconds(forward, backward)
 
 
@@ -237,20 +295,12 @@ def _update_seconds(model: ModelConfig, train: TrainConfig, calibration: Calibra
     """Clipping, the optimiser and zeroing of the gradient (`slim_core.train`)."""
     update: Update = getattr(calibration, train.optimizer.name)
     numbers = num_trained(model, train)
-    return update.per_step + update.per_tensor * _num_tensors(model, train) + update.per_number * numbers
-
-
-def _num_tensors(model: ModelConfig, train: TrainConfig) -> int:
-    """Parameters that are trained."""
-    if train.lora is not None:
-        return 2 * model.num_layers * len(train.lora.targets)
-    layer = len(layer_matrices(model)) + 6 + 2 * model.attention_bias  # two norms, biases of the MLP
-    ends = 1 + (not model.tied_embeddings) + (model.max_positions is not None) + 2 * (model.norm == "pre")
-    return model.num_layers * layer + ends
+    return update.per_step + update.per_tensor * num_trained_tensors(model, train) + update.per_number * numbers
 
 
 def step_flops(model: ModelConfig, tokens: int, num_chunks: int, lora: LoraConfig | None = None) -> float:
-    """Floating-point operations of one optimiser step over `tokens` positions in chunks: pass 1 and pass 2."""
+    """Floating-point operations of one optimiser step over `tokens` positions in chunks, pass 1 and pass 2, of a model
+    with linear attention."""
     forward = _forward_flops(model)
     states_only = (num_chunks - 1) / num_chunks * _states_flops(model)
     adapters = 0.0 if lora is None else (1 + _BACKWARD) * _adapter_flops(model, lora) - _weight_gradient_flops(model)
@@ -279,7 +329,7 @@ def _forward_flops(model: ModelConfig) -> float:
 
 def _states_flops(model: ModelConfig) -> float:
     """Pass 1: all of every layer but the last, of which keys and values only."""
-    last = 4.0 * model.model_width**2 + _contribution_flops(model)
+    last = 4.0 * model.model_width * model.kv_width + _contribution_flops(model)
     return (model.num_layers - 1) * _layer_flops(model) + last
 
 

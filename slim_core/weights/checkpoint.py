@@ -1,22 +1,36 @@
 """Checkpoints: a folder that is complete, hashed and on disk, or not there.
 
+The model:
+config.json            the ModelConfig
 model.safetensors      weights (and the FAVOR+ projections); of a run with adapters, with these merged
+tokenizer.json ...     what the model came with beside its weights (`slim_core.weights.source.COMPANIONS`)
+README.md              its card
+adapter/               adapter_config.json and adapter_model.safetensors in PEFT's layout, of a run with adapters whose
+                       model has a layout of transformers'. In a folder of its own: transformers would add the adapter
+                       it finds beside a model to weights that have it already
+
+The training:
 adapter.safetensors    the adapters' A and B, where there are adapters
 base.safetensors       likewise the frozen weights beside them, bit for bit: merging rounds and cannot be undone
-config.json            the ModelConfig
 optimizer.safetensors  the tensors of the optimiser's state, `<parameter>.<name in the state>`
 training.json          step and what the loop needs beside it
+
 manifest.json          size and SHA-256 of each of the files above
+
+A model that came in a layout of transformers' and still is what its config.json says is written in that layout, in the
+precision of training, and transformers loads the folder as it is. Both layouts are read, in one file or in shards:
+
+    from slim_core import load_model
+    model = load_model("checkpoint")              # on the CPU, float32
+    loss = ...                                    # slim_core.step.slim_step, slim_core.generate
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,37 +38,34 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from slim_core.config import ModelConfig
 from slim_core.model import LanguageModel
 from slim_core.optim import optimizer_tensors, set_step
+from slim_core.weights.files import (
+    DTYPE_NAMES,
+    CheckpointFile,
+    Pieces,
+    seal,
+    seal_file,
+    sha256,
+    sync,
+    write_json,
+    write_tensors,
+)
+from slim_core.weights.folder import ModelFolderError, locate, read_config, read_json
+from slim_core.weights.foreign import foreign_tensors, write_adapter
+from slim_core.weights.layout import Layout, layout_of, written_config
 from slim_core.weights.lora import adapters
+from slim_core.weights.source import ModelSource
+from slim_core.weights.tables import FileTensor, Rows, tensor_table
 
-_BLOCK_BYTES = 1 << 20
-"""Read at a time to hash a file; two of these exist at once."""
-_MODE = 0o644
-"""Whatever the umask is: another process serves the files."""
-
-_DTYPES = {
-    torch.int64: "I64",
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-}
-"""Names and order of safetensors, the widest first, so that every tensor is aligned."""
+_DTYPE_WORDS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""In transformers' words."""
+_FEATURES = ".attention.features."
+"""Buffers of a FAVOR+ performer: a model with softmax attention has none to give."""
 
 
 class CheckpointError(ValueError):
     """A folder that is not a checkpoint of the model it should hold; the message says which file or tensor."""
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointFile:
-    """A file of a checkpoint."""
-
-    name: str
-    bytes: int
-    sha256: str
 
 
 def checkpoint_name(step: int) -> str:
@@ -63,56 +74,70 @@ def checkpoint_name(step: int) -> str:
 
 
 def save_checkpoint(
-    parent: Path, step: int, model: LanguageModel, optimizer: torch.optim.Optimizer, training: dict[str, Any]
+    parent: Path,
+    step: int,
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    training: dict[str, Any],
+    *,
+    source: ModelSource | None = None,
+    card: str | None = None,
 ) -> list[CheckpointFile]:
     """Write `parent/step-XXXXXXXX` and return its files, the manifest last. `parent` must be there.
 
     The folder gets its name when everything in it is on disk, so a folder of that name is a whole checkpoint. One of
     the same step that is there already is replaced. No tensor is copied, and adapters are merged into the file, a few
-    rows at a time, not into the model. Raises OSError and leaves no temporary folder.
+    rows at a time, not into the model. `source` is where the model came from, `card` the text of README.md. Raises
+    OSError and leaves no temporary folder.
     """
     final = parent / checkpoint_name(step)
     temporary = final.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()  # not its parent: whoever takes that away wants no more checkpoints of this run
-        _write_model(temporary, model)
-        _write_tensors(temporary / "optimizer.safetensors", optimizer_tensors(model, optimizer))
-        _write_json(temporary / "config.json", model.config.to_json())
-        _write_json(temporary / "training.json", {"step": step, **training})
-        files = [_seal(path) for path in sorted(temporary.iterdir())]
+        _write_model(temporary, model, source)
+        if source is not None:
+            source.copy_companions(temporary)
+        if card is not None:
+            (temporary / "README.md").write_text(card)
+        write_tensors(temporary / "optimizer.safetensors", optimizer_tensors(model, optimizer))
+        write_json(temporary / "training.json", {"step": step, **training})
+        files = seal(temporary)
         manifest = {file.name: {"bytes": file.bytes, "sha256": file.sha256} for file in files}
-        _write_json(temporary / "manifest.json", {"files": manifest})
-        files.append(_seal(temporary / "manifest.json"))
-        _sync(temporary)
+        write_json(temporary / "manifest.json", {"files": manifest})
+        files.append(seal_file(temporary / "manifest.json", temporary))
+        sync(temporary)
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
-        _sync(parent)
+        sync(parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return files
 
 
 def load_model(folder: Path) -> LanguageModel:
-    """The model of a checkpoint folder, on the CPU. Raises CheckpointError."""
+    """The model of a folder, on the CPU, in float32. Raises CheckpointError."""
     try:
-        config = ModelConfig.from_json(json.loads((folder / "config.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"config.json: {error}") from error
-    model = LanguageModel(config)
+        model = LanguageModel(read_config(folder))
+    except ModelFolderError as error:
+        raise CheckpointError(str(error)) from error
     load_weights(model, folder)
     return model
 
 
 def load_weights(model: LanguageModel, folder: Path) -> None:
-    """Copy the weights of a checkpoint folder into `model`, tensor by tensor. Raises CheckpointError.
+    """Copy the weights of a model folder into `model`, tensor by tensor. Raises CheckpointError.
 
     A model without adapters gets the merged weights of a run that had some; one with adapters needs the checkpoint of
-    such a run, and gets its base and its adapters.
+    such a run, and gets its base and its adapters. A performer may get the weights of a model with softmax attention,
+    and keeps its own projections. Files are mapped, not read: beside the model there is never a whole tensor in memory.
     """
     tensors = _tensors(model)
-    _fill(tensors.plain, folder / "model.safetensors", others=tensors.base)
+    try:
+        _fill_model(model, tensors.plain, folder)
+    except ModelFolderError as error:
+        raise CheckpointError(str(error)) from error
     if tensors.adapter:
         _fill(tensors.base, folder / "base.safetensors")
         _fill(tensors.adapter, folder / "adapter.safetensors", metadata=_adapter_metadata(model))
@@ -144,15 +169,6 @@ def verify_checkpoint(folder: Path) -> None:
         raise CheckpointError(f"manifest.json: {error}") from error
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file, read in blocks."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 class _ModelTensors(NamedTuple):
     """The tensors of a model by where a checkpoint has them; without adapters all are in `plain`."""
 
@@ -174,42 +190,71 @@ def _adapter_metadata(model: LanguageModel) -> dict[str, str]:
     return {"alpha": str(next(iter(adapters(model).values())).alpha)}
 
 
-def _write_model(folder: Path, model: LanguageModel) -> None:
+def _write_model(folder: Path, model: LanguageModel, source: ModelSource | None) -> None:
+    """config.json, model.safetensors, and what makes adapters' training go on."""
     tensors = _tensors(model)
-    merged = {f"{name}.weight": layer.merged_rows() for name, layer in adapters(model).items()}
-    _write_tensors(folder / "model.safetensors", {**tensors.plain, **tensors.base}, values=merged)
+    if source is not None and source.foreign_config is not None and source.fits(model.config):
+        config, layout = source.foreign_config, layout_of(source.foreign_config)
+        word = _DTYPE_WORDS[DTYPE_NAMES[model.embedding.weight.dtype]]
+        write_json(folder / "config.json", written_config(config, word))
+        write_tensors(folder / "model.safetensors", foreign_tensors(model, layout), metadata={"format": "pt"})
+        if tensors.adapter:
+            (folder / "adapter").mkdir()
+            write_adapter(folder / "adapter", model, layout, config.get("_name_or_path"))
+    else:
+        write_json(folder / "config.json", model.config.to_json())
+        merged = {
+            f"{name}.weight": Pieces(layer.weight.dtype, tuple(layer.weight.shape), layer.merged_rows())
+            for name, layer in adapters(model).items()
+        }
+        write_tensors(folder / "model.safetensors", {**tensors.plain, **merged})
     if tensors.adapter:
-        _write_tensors(folder / "base.safetensors", tensors.base)
-        _write_tensors(folder / "adapter.safetensors", tensors.adapter, metadata=_adapter_metadata(model))
+        write_tensors(folder / "base.safetensors", tensors.base)
+        write_tensors(folder / "adapter.safetensors", tensors.adapter, metadata=_adapter_metadata(model))
 
 
-def _write_tensors(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    *,
-    values: Mapping[str, Iterable[Tensor]] | None = None,
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """A safetensors file, written piece by piece: `values` may give what is written for a tensor, in pieces of rows
-    that need not exist together. safetensors itself wants all tensors at once, in memory.
+def _fill_model(model: LanguageModel, targets: Mapping[str, Tensor], folder: Path) -> None:
+    """Copy those rows of the folder's model that belong to `targets`."""
+    data = read_json(folder / "config.json")
+    layout = layout_of(data)
+    table = _table(model, layout, drop_features=layout != "slimtune" or data.get("attention") == "softmax")
+    located = locate(folder, layout, table, tied=model.config.tied_embeddings)
+    entries = sorted(located.items(), key=lambda item: (item[1].path, item[1].stored.offset))
+    for path, group in groupby(entries, key=lambda item: item[1].path):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for short, entry in group:
+                    source = file.get_tensor(entry.stored.name)
+                    _copy(source.T if table[short].transposed else source, table[short].parts, targets)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path.name}: {error}") from error
 
-    Source: https://github.com/huggingface/safetensors#format. Eight bytes of length, a header in JSON, the tensors.
-    """
-    order = list(_DTYPES)
-    names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name in names:
-        start, end = end, end + tensors[name].nbytes
-        dtype, shape = _DTYPES[tensors[name].dtype], list(tensors[name].shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            for piece in (values or {}).get(name, (tensors[name],)):
-                file.write(piece.detach().cpu().flatten().view(torch.uint8).numpy().data)
+
+def _copy(source: Tensor, parts: Iterable[Rows], targets: Mapping[str, Tensor]) -> None:
+    start = 0
+    for part in parts:
+        if part.parameter in targets:
+            target = targets[part.parameter].detach()
+            if source.dim():
+                target[part.first : part.first + part.count].copy_(source[start : start + part.count])
+            else:  # a number of a feature map that was registered
+                target.copy_(source)
+        start += part.count
+
+
+def _table(model: LanguageModel, layout: Layout, *, drop_features: bool) -> dict[str, FileTensor]:
+    """What the files of this very model hold. A feature map that was registered may have weights that only it knows."""
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if ".lora_" not in name}
+    if drop_features:
+        own = {name: shape for name, shape in own.items() if _FEATURES not in name}
+    if layout == "slimtune":
+        return {
+            name: FileTensor(name, shape, (Rows(name, 0, shape[0] if shape else 1),)) for name, shape in own.items()
+        }
+    table = tensor_table(layout, model.config)
+    if {part.parameter for tensor in table.values() for part in tensor.parts} != own.keys():
+        raise ModelFolderError([f"config.json: the model in training is none of the layout of {layout}"])
+    return table
 
 
 def _fill(
@@ -242,21 +287,3 @@ def _check_names(wanted: set[str], found: set[str], path: Path) -> None:
         raise CheckpointError(f"{path.name}: no tensor {missing[0]!r}")
     if unknown := sorted(found - wanted):
         raise CheckpointError(f"{path.name}: unknown tensor {unknown[0]!r}")
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n")
-
-
-def _seal(path: Path) -> CheckpointFile:
-    path.chmod(_MODE)
-    _sync(path)
-    return CheckpointFile(path.name, path.stat().st_size, sha256(path))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -41,12 +41,20 @@ class LoraLinear(Linear):
         return linear(x, self.weight, self.bias) + correction
 
     @torch.no_grad()
-    def merged_rows(self) -> Iterator[Tensor]:
-        """W + alpha / r * B A in the precision of W, a few rows (., I) at a time, computed in float64."""
+    def merged_rows(self, first: int = 0, count: int | None = None) -> Iterator[Tensor]:
+        """Rows of W + alpha / r * B A in the precision of W, a few (., I) at a time, computed in float64."""
         rows = max(1, _BLOCK_NUMBERS // self.in_features)
         right = self.lora_A.double()
-        for base, left in zip(torch.split(self.weight, rows), torch.split(self.lora_B, rows), strict=True):
+        last = self.out_features if count is None else first + count
+        bases, lefts = torch.split(self.weight[first:last], rows), torch.split(self.lora_B[first:last], rows)
+        for base, left in zip(bases, lefts, strict=True):
             yield base.double().addmm_(left.double(), right, alpha=self.scale).to(base.dtype)
+
+    @torch.no_grad()
+    def merged_columns(self, first: int, count: int) -> Tensor:
+        """Likewise columns, (O, count)."""
+        base, right = self.weight[:, first : first + count], self.lora_A[:, first : first + count]
+        return base.double().addmm_(self.lora_B.double(), right.double(), alpha=self.scale).to(base.dtype)
 
 
 def add_adapters(model: LanguageModel, config: LoraConfig, seed: int) -> None:

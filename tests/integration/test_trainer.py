@@ -135,12 +135,14 @@ def test_a_job_runs_to_its_end_resumes_bit_for_bit_and_is_a_start_for_others(sta
     assert kinds == [
         Started,
         Probed,
+        Evaluation,
         *three_steps_and_an_evaluation,
         *three_steps_and_an_evaluation,
         Done,
         GradientCheck,
     ]
     assert whole.messages[0] == Started(0)
+    assert [evaluation.step for evaluation in whole.of(Evaluation)] == [0, 3, 6]
     assert whole.of(Done) == [Done(6, "completed")]
     assert whole.losses[-1] < whole.losses[0]
     (check,) = whole.of(GradientCheck)
@@ -161,7 +163,7 @@ def test_a_job_runs_to_its_end_resumes_bit_for_bit_and_is_a_start_for_others(sta
     assert resumed.finish() == 0
     assert resumed.messages[1] == Started(3)
     assert resumed.losses == whole.losses[3:]
-    assert resumed.of(Evaluation) == whole.of(Evaluation)[1:]
+    assert resumed.of(Evaluation) == whole.of(Evaluation)[2:]
     hashes = [[file["sha256"] for file in trainer.of(Checkpoint)[-1].files] for trainer in (whole, resumed)]
     assert hashes[0] == hashes[1]
 

@@ -108,16 +108,6 @@ def test_a_download_that_breaks_off_is_not_kept(client: Client, script: Script, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_name_of_the_server_cannot_leave_the_folder(client: Client, script: Script, tmp_path: Path) -> None:
-    script.answers["/jobs/job_1/checkpoints/40/files/../../evil"] = (200, "application/octet-stream", WEIGHTS)
-    script.answers["/jobs/job_1/checkpoints/evil"] = (200, "application/octet-stream", WEIGHTS)
-    folder = tmp_path / "inner"
-    folder.mkdir()
-    client.download("job_1", 40, {**record(), "name": "../../evil"}, folder)
-    assert [path.name for path in tmp_path.rglob("evil")] == ["evil"]
-    assert (folder / "evil").exists()
-
-
 def test_a_problem_becomes_an_error_with_its_fields(client: Client, script: Script) -> None:
     problem = {"code": "memory_cap_infeasible", "detail": "needs 300 MiB", "minimum_cap_bytes": 314_572_800}
     script.json("/jobs", problem, 422, "application/problem+json")
@@ -231,3 +221,30 @@ def test_an_upload_is_multipart_in_the_field_file(client: Client, script: Script
     assert request == "POST /datasets"
     assert b'name="file"; filename="data.jsonl"' in body
     assert b'{"text": "hello"}' in body
+
+
+def test_a_model_is_uploaded_with_all_its_files(client: Client, script: Script, tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("config.json", "model.safetensors")]
+    for path in paths:
+        path.write_text(f"content of {path.name}")
+    script.json("/models", {"id": "model_1", "status": "ready"}, 201)
+    assert client.upload_model(paths, name="mine")["id"] == "model_1"
+    ((request, body),) = script.requests
+    assert request == "POST /models"
+    assert b'name="name"\r\n\r\nmine' in body
+    for path in paths:
+        assert f'name="file"; filename="{path.name}"'.encode() in body
+        assert path.read_bytes() in body
+
+
+def test_files_of_a_folder_in_a_checkpoint_keep_it_and_no_name_leads_out(
+    client: Client, script: Script, tmp_path: Path
+) -> None:
+    content = b"the adapter"
+    file: FileRecord = {"name": "adapter/a.bin", "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    script.answers["/jobs/job_1/checkpoints/final/files/adapter/a.bin"] = (200, "application/octet-stream", content)
+    assert client.download("job_1", "final", file, tmp_path) == tmp_path / "adapter" / "a.bin"
+    assert (tmp_path / "adapter" / "a.bin").read_bytes() == content
+    for name in ("../a.bin", "/a.bin", "a/../../b", ""):
+        with pytest.raises(DamagedDownloadError):
+            client.download("job_1", "final", {**file, "name": name}, tmp_path)

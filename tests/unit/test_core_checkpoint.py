@@ -22,14 +22,13 @@ from slim_core.optim import make_optimizer, optimizer_tensors
 from slim_core.step import slim_step
 from slim_core.weights.checkpoint import (
     CheckpointError,
-    _write_tensors,
     load_model,
     load_training,
     load_weights,
     save_checkpoint,
-    sha256,
     verify_checkpoint,
 )
+from slim_core.weights.files import sha256, write_tensors
 from slim_core.weights.lora import adapters, add_adapters, merge_adapters
 from tests.unit.core_support import a_batch, a_model, names, small_config, stepped
 
@@ -320,7 +319,7 @@ def test_files_are_safetensors_of_any_precision_and_shape(tmp_path: Path) -> Non
         "wide": torch.randn(7, dtype=torch.float64),
         "whole numbers": torch.arange(3),
     }
-    _write_tensors(tmp_path / "file", tensors, metadata={"key": "value"})
+    write_tensors(tmp_path / "file", tensors, metadata={"key": "value"})
     loaded = load_file(tmp_path / "file")
     assert_same(loaded, tensors)
     assert {name: tensor.dtype for name, tensor in loaded.items()} == {n: t.dtype for n, t in tensors.items()}

@@ -32,13 +32,25 @@ from slim_core.planning.costs import (
 )
 from slim_core.planning.memory_model import Schedule
 from slim_core.planning.plan import StatePolicy
-from slim_core.planning.time_model import _num_tensors, step_seconds
+from slim_core.planning.shapes import num_trained_tensors
+from slim_core.planning.time_model import step_seconds
 from slim_core.step import slim_step
 from slim_core.weights.lora import add_adapters
 from worker.environment import trainer_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ModelConfig(num_layers=3, model_width=128, num_heads=2, mlp_width=256, vocab_size=500)
+LLAMA = replace(
+    MODEL,
+    num_heads=4,
+    num_kv_heads=2,
+    norm_type="rms",
+    activation="swiglu",
+    mlp_bias=False,
+    positions="rotary",
+    scaled_embeddings=False,
+    tied_embeddings=True,
+)
 FREE_UPDATE = Update(0.0, 0.0, 0.0)
 PRODUCTS_ONLY = replace(
     default_calibration(),
@@ -87,13 +99,14 @@ def test_every_trained_tensor_is_updated(model: ModelConfig, lora: LoraConfig | 
         add_adapters(built, lora, seed=0)
     groups = make_optimizer(built, OptimizerConfig()).param_groups
     train = TrainConfig(sequence_length=8, batch_size=1, steps=1, lora=lora)
-    assert _num_tensors(model, train) == sum(len(group["params"]) for group in groups)
+    assert num_trained_tensors(model, train) == sum(len(group["params"]) for group in groups)
 
 
 def _workloads() -> list[tuple[ModelConfig, dict[str, Any]]]:
     """Together they use everything that costs time."""
     models: list[ModelConfig] = [replace(MODEL, feature_map=name) for name in FEATURE_MAPS]
     models += [replace(MODEL, activation="swiglu", positions="rotary"), replace(MODEL, num_heads=4)]
+    models += [LLAMA, replace(MODEL, activation="gelu_tanh", mlp_bias=False)]
     trains: list[dict[str, Any]] = [{}, {"dropout": 0.1, "label_smoothing": 0.1}]
     trains += [{"lora": LoraConfig(rank=rank)} for rank in (8, 32)]
     return [(model, train) for model in models for train in trains]

@@ -309,21 +309,25 @@ def test_a_resumed_run_that_is_over_ends_at_once(bench: Bench) -> None:
 def test_the_validation_loss_is_the_reference_s(bench: Bench, tmp_path: Path) -> None:
     validation = text_windows(tmp_path / "validation", T)
     config = replace(CONFIG, steps=1, evaluate_every=1, evaluate_sequences=3)
-    reports = list(bench.run(config, validation=validation).reports())
-    evaluation = reports[1]
-    assert isinstance(evaluation, Evaluation)
+    run = bench.run(config, validation=validation)
     with torch.no_grad():
-        wanted = reference_loss(bench.model, *validation.validation(0, 3)[:2]).item()
-    assert evaluation.loss == pytest.approx(wanted, rel=1e-5)
-    assert isinstance(reports[2], Checkpoint)
-    assert reports[2].validation_loss == evaluation.loss
+        before = reference_loss(bench.model, *validation.validation(0, 3)[:2]).item()
+    reports = list(run.reports())
+    with torch.no_grad():
+        after = reference_loss(bench.model, *validation.validation(0, 3)[:2]).item()
+    assert before > after
+    evaluations = [report for report in reports if isinstance(report, Evaluation)]
+    assert [evaluation.step for evaluation in evaluations] == [0, 1]
+    assert [evaluation.loss for evaluation in evaluations] == pytest.approx([before, after], rel=1e-5)
+    (checkpoint,) = (report for report in reports if isinstance(report, Checkpoint))
+    assert checkpoint.validation_loss == evaluations[1].loss
 
 
 def test_an_evaluation_takes_no_more_sequences_than_there_are(bench: Bench, tmp_path: Path) -> None:
     short = Windows(make_tokens(write_bytes(tmp_path / "short", 2 * T)), T, seed=0)
     assert short.per_epoch == 2
     config = replace(CONFIG, steps=1, evaluate_every=1, evaluate_sequences=100)
-    evaluation = list(bench.run(config, validation=short).reports())[1]
+    evaluation = list(bench.run(config, validation=short).reports())[2]
     assert isinstance(evaluation, Evaluation)
     with torch.no_grad():
         wanted = reference_loss(bench.model, *short.validation(0, 2)[:2]).item()
@@ -344,8 +348,9 @@ def scripted(
     resume: Path | None = None,
     **changes: object,
 ) -> list[tuple[str, int, object]]:
-    """A run whose evaluations give what the script says: (kind, step, what matters) of each report but the metrics."""
-    script = iter(validation_losses)
+    """A run whose evaluations give 9, before the first step, and then what the script says: (kind, step, what matters)
+    of each report but the metrics and that first evaluation."""
+    script = iter(validation_losses if resume is not None else [9.0, *validation_losses])
     monkeypatch.setattr(train, "evaluate_loss", lambda *_args, **_options: next(script) * T)
     config = TrainConfig.from_json({**CONFIG.to_json(), "batch_size": 1, "evaluate_sequences": 1, **changes})
     run = bench.run(config, validation=bench.data, checkpoints=None if resume is None else resume.parent)
@@ -360,6 +365,8 @@ def scripted(
                 events.append(("checkpoint", step, loss if loss is None else pytest.approx(loss)))
             case Done(step, reason):
                 events.append(("done", step, reason))
+    if resume is None:
+        assert events.pop(0) == ("evaluation", 0, 9.0)
     return events
 
 
@@ -454,7 +461,8 @@ def test_divergence_is_an_error_that_leaves_the_last_checkpoint(bench: Bench) ->
 
 
 def test_a_validation_loss_that_is_no_number_is_divergence(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slim_core.train.evaluate_loss", lambda *_args, **_options: math.nan)
+    script = itertools.chain([3.0] * CONFIG.evaluate_sequences, itertools.repeat(math.nan))
+    monkeypatch.setattr("slim_core.train.evaluate_loss", lambda *_args, **_options: next(script))
     run = bench.run(replace(CONFIG, evaluate_every=2), validation=bench.data)
     with pytest.raises(DivergedError, match="validation loss of step 2"):
         list(run.reports())
