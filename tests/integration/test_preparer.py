@@ -24,7 +24,7 @@ from service.settings import Settings
 from service.storage import Storage, tokens_dir
 from service.tokenizers import TokenizerUpload
 from slim_core.data.tokens import NO_SPACE
-from tests.integration.stage import gone_within, wait_for
+from tests.integration.stage import gone_within, open_stage, wait_for
 from worker.preparer import Preparer
 
 FAKE = "tests.integration.fake_prepare"
@@ -285,6 +285,19 @@ def test_a_database_that_is_away_ends_no_preparation(bind: Engine, settings: Set
     preparer._tokenise = interrupted  # type: ignore[assignment,method-assign]
     assert preparer.step()
     assert row_of(bind, dataset.id).status == "ready"
+
+
+def test_a_worker_prepares_beside_its_jobs_and_lets_go_when_it_ends(
+    database_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    with open_stage(database_url, redis_url, tmp_path) as stage:
+        storage = Storage(stage.settings.data_dir)
+        first = upload(stage.bind, storage, "a.jsonl", jsonl(*LINES))
+        worker = stage.worker()
+        wait_for("its tokens", lambda: row_of(stage.bind, first.id).status == "ready", 60)
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(30) == 0
+        assert row_of(stage.bind, first.id).attempt == 1
 
 
 def _until_idle(bind: Engine, settings: Settings) -> None:
