@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self, TypedDict
 from uuid import uuid4
@@ -246,11 +246,14 @@ class Client:
         return checkpoint
 
     def download(self, job_id: str, which: int | str, file: FileRecord, folder: Path) -> Path:
-        """Stream one file of a checkpoint into `folder`, where it appears once its size and SHA-256 are right.
+        """Stream one file of a checkpoint into `folder`, where it appears once its size and SHA-256 are right; one that
+        the service has in a folder in a folder likewise.
 
         Raises DamagedDownloadError if they are not.
         """
-        target = folder / Path(file["name"]).name
+        *above, name = (part for part in PurePosixPath(file["name"]).parts[-2:] if part not in ("/", ".."))
+        target = folder.joinpath(*above, name)
+        target.parent.mkdir(exist_ok=True)
         partial = target.with_name(target.name + ".part")
         digest = hashlib.sha256()
         try:

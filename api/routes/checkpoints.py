@@ -30,9 +30,9 @@ def get(job_id: str, step: Which, session: SessionDep) -> CheckpointResponse:
     return CheckpointResponse.of_row(checkpoints.get(session, jobs.get(session, job_id), step))
 
 
-@router.head("/{step}/files/{name}", include_in_schema=False)
+@router.head("/{step}/files/{name:path}", include_in_schema=False)
 @router.get(
-    "/{step}/files/{name}",
+    "/{step}/files/{name:path}",
     summary="Download a file of a checkpoint",
     response_class=Response,
     responses={

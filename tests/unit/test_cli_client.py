@@ -108,6 +108,14 @@ def test_a_download_that_breaks_off_is_not_kept(client: Client, script: Script, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_in_a_folder_is_downloaded_into_one(client: Client, script: Script, tmp_path: Path) -> None:
+    name = "adapter/adapter_model.safetensors"
+    script.answers[f"/jobs/job_1/checkpoints/40/files/{name}"] = (200, "application/octet-stream", WEIGHTS)
+    path = client.download("job_1", 40, {**record(), "name": name}, tmp_path)
+    assert path == tmp_path / name
+    assert path.read_bytes() == WEIGHTS
+
+
 def test_a_file_name_of_the_server_cannot_leave_the_folder(client: Client, script: Script, tmp_path: Path) -> None:
     script.answers["/jobs/job_1/checkpoints/40/files/../../evil"] = (200, "application/octet-stream", WEIGHTS)
     script.answers["/jobs/job_1/checkpoints/evil"] = (200, "application/octet-stream", WEIGHTS)
