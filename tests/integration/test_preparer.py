@@ -77,7 +77,8 @@ class Hanging:
         self.preparer = Preparer(bind, settings, "a worker", prepare=FAKE)
         self._thread = threading.Thread(target=self.preparer.step)
         self._thread.start()
-        self.pid = int(wait_for("the program", lambda: (folder / "pid").exists() and (folder / "pid").read_text()))
+        found = folder / "pid"
+        self.pid = wait_for("the program", lambda: int(found.read_text()) if found.exists() else None)
 
     def join(self) -> None:
         self._thread.join(10)
@@ -192,8 +193,8 @@ def test_a_full_disk_is_waited_out(bind: Engine, settings: Settings, storage: St
         row = row_of(bind, dataset.id)
         assert (row.status, row.failures, row.error and row.error["code"]) == ("pending", 0, "disk_full")
         with database.transaction(bind) as session:
-            left = session.scalars(select(Tokenization.retry_at - func.clock_timestamp())).one()
-        pauses.append(round(left.total_seconds(), -1))
+            left: Any = session.scalar(select(func.extract("epoch", Tokenization.retry_at - func.clock_timestamp())))
+        pauses.append(round(float(left), -1))
         assert not Preparer(bind, settings, "a worker").step()
         due_now(bind)
     assert pauses == [30, 60, 120]
@@ -281,7 +282,7 @@ def test_a_database_that_is_away_ends_no_preparation(bind: Engine, settings: Set
             )
         return result
 
-    preparer._tokenise = interrupted  # type: ignore[method-assign]
+    preparer._tokenise = interrupted  # type: ignore[assignment,method-assign]
     assert preparer.step()
     assert row_of(bind, dataset.id).status == "ready"
 
