@@ -324,7 +324,8 @@ class Client:
         return checkpoint
 
     def download(self, job_id: str, which: int | str, file: FileRecord, folder: Path) -> Path:
-        """Stream one file of a checkpoint into `folder`, where it appears once its size and SHA-256 are right.
+        """Stream one file of a checkpoint into `folder`, where it appears once its size and SHA-256 are right; one that
+        the service has in a folder in a folder likewise.
 
         Raises DamagedDownloadError if they are not.
         """

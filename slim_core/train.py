@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from slim_core.card import NO_ORIGIN, Curves, Origin, model_card
 from slim_core.compilation import compile_blocks
 from slim_core.config import TrainConfig
 from slim_core.data.dataset import Windows
@@ -21,6 +20,7 @@ from slim_core.layers.dropout import Dropout
 from slim_core.memory import MemoryMeter
 from slim_core.model import LanguageModel
 from slim_core.optim import learning_rate, make_optimizer
+from slim_core.origin import NO_ORIGIN, Curves, Origin, model_card
 from slim_core.planning.plan import Plan
 from slim_core.step import evaluate_loss, slim_step
 from slim_core.weights.checkpoint import checkpoint_name, load_training, save_checkpoint
