@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from slim_core.data.tokens import BROKEN_DATASET
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_SECONDS = 120.0
 """A tokenizer of 250,000 tokens takes some seconds, headers of a thousand layers less than one."""
+_turn = threading.BoundedSemaphore(2)
+"""Checks at once: each may take `memory_bytes`, and others wait in their threads."""
 
 
 def check_model(folder: Path, memory_bytes: int) -> CheckedModel:
@@ -22,16 +25,17 @@ def check_model(folder: Path, memory_bytes: int) -> CheckedModel:
     command = [sys.executable, "-m", "slim_core.weights.check_model", "--memory", str(memory_bytes), str(folder)]
     environment = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=TIMEOUT_SECONDS,
-        )
+        with _turn:
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=TIMEOUT_SECONDS,
+            )
     except subprocess.TimeoutExpired as error:
         raise ModelInvalidError([{"reason": "The files take too long to be checked"}]) from error
     if done.returncode == 0:

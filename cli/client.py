@@ -63,11 +63,32 @@ class Model(TypedDict):
     layout: str | None
 
 
+class Tokenization(TypedDict):
+    tokenizer: str
+    status: str
+    tokens: int | None
+    targets: int | None
+    longest_document_tokens: int | None
+    histogram: dict[str, int] | None
+    problems: list[dict[str, Any]]
+    error: dict[str, Any] | None
+
+
 class Dataset(TypedDict):
     id: str
     bytes: int
-    documents: int
-    tokens: int
+    documents: int | None
+    tokens: int | None
+    tokenizations: list[Tokenization]
+
+
+class Tokenizer(TypedDict):
+    id: str
+    name: str
+    source: str
+    status: str
+    vocab_size: int | None
+    error: dict[str, Any] | None
 
 
 class Progress(TypedDict):
@@ -202,10 +223,41 @@ class Client:
             return ["api"]
         return [name for name, there in response.json()["checks"].items() if not there]
 
-    def upload_dataset(self, path: Path) -> Dataset:
+    def upload_dataset(self, path: Path, tokenizer: str | None = None) -> Dataset:
+        """Its tokens are made in the background: `dataset(id)["tokenizations"]` says how far they are."""
+        data = {} if tokenizer is None else {"tokenizer": tokenizer}
         with path.open("rb") as file:
-            dataset: Dataset = self._request("POST", "/datasets", files={"file": (path.name, file)})
+            files = {"file": (path.name, file)}
+            dataset: Dataset = self._request("POST", "/datasets", files=files, data=data, timeout=UPLOAD_SECONDS)
         return dataset
+
+    def dataset(self, dataset_id: str) -> Dataset:
+        dataset: Dataset = self._request("GET", f"/datasets/{dataset_id}")
+        return dataset
+
+    def tokenize(self, dataset_id: str, tokenizer: str) -> Tokenization:
+        """Have the dataset's tokens made by a tokenizer, or by that of a model; asking twice is fine."""
+        path = f"/datasets/{dataset_id}/tokenizations"
+        tokenization: Tokenization = self._request("POST", path, json={"tokenizer": tokenizer})
+        return tokenization
+
+    def upload_tokenizer(self, paths: Sequence[Path], name: str | None = None) -> Tokenizer:
+        """tokenizer.json, and what lies beside it; ready when `tokenizer(id)["status"]` says so."""
+        with ExitStack() as stack:
+            files = [("file", (path.name, stack.enter_context(path.open("rb")))) for path in paths]
+            data = {} if name is None else {"name": name}
+            tokenizer: Tokenizer = self._request("POST", "/tokenizers", files=files, data=data, timeout=UPLOAD_SECONDS)
+        return tokenizer
+
+    def train_tokenizer(self, dataset_id: str, vocab_size: int, name: str | None = None) -> Tokenizer:
+        """A BPE of the dataset's text; ready when `tokenizer(id)["status"]` says so."""
+        body: dict[str, Any] = {"train": {"dataset": dataset_id, "vocab_size": vocab_size}}
+        tokenizer: Tokenizer = self._request("POST", "/tokenizers", json=body | ({"name": name} if name else {}))
+        return tokenizer
+
+    def tokenizer(self, tokenizer_id: str) -> Tokenizer:
+        tokenizer: Tokenizer = self._request("GET", f"/tokenizers/{tokenizer_id}")
+        return tokenizer
 
     def upload_model(self, paths: Sequence[Path], name: str | None = None) -> Model:
         """The files of a base model: config.json, its safetensors and its tokenizer's; or one .gguf, which is ready
@@ -284,7 +336,8 @@ class Client:
         return checkpoint
 
     def download(self, job_id: str, which: int | str, file: FileRecord, folder: Path) -> Path:
-        """Stream one file of a checkpoint into `folder`, where it appears once its size and SHA-256 are right.
+        """Stream one file of a checkpoint into `folder`, where it appears once its size and SHA-256 are right; one that
+        the service has in a folder in a folder likewise.
 
         Raises DamagedDownloadError if they are not.
         """

@@ -18,6 +18,7 @@ from slim_core.planning.schedules import (
     least_peak,
     peak,
     schedules,
+    small_schedules,
     whole_sequences,
 )
 from slim_core.planning.shapes import check_adapters
@@ -248,7 +249,8 @@ def _other_attention(
         return
     performer = replace(workload, model=replace(workload.model, attention="performer", feature_map="favor"))
     own = None if chunking is None else replace(chunking, state_policy=None)
-    least = least_peak(performer, schedules(performer, own, None), calibration)
+    considered = small_schedules(performer) if own is None else schedules(performer, own, None)
+    least = least_peak(performer, considered, calibration)
     if least <= cap:
         yield (
             f'set attention to "performer", which approximates this model\'s own: the smallest schedule then needs '

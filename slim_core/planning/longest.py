@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 from slim_core.planning.memory_model import Schedule
 from slim_core.planning.plan import Calibration, Chunking, StatePolicy, Workload
-from slim_core.planning.schedules import chunk_lengths, least_peak, peak, policies_of
+from slim_core.planning.schedules import LONGEST_SMALL, chunk_lengths, least_peak, peak, policies_of, small_schedules
 
 LONGEST_SEQUENCE = 1 << 31
 """Where the search ends."""
-_LONGEST_SEARCHED = 3 << 10
-"""Chunk lengths up to this are compared for it; the one of least memory is short."""
 _INTERPOLATIONS = 8
 """Steps of the search that take the peak for linear in the length, which it nearly is; then it halves."""
 
@@ -32,7 +30,7 @@ def longest_sequence(workload: Workload, cap: int, calibration: Calibration, chu
         policy: StatePolicy = others[0] if others else default
         endless = _with_length(workload, LONGEST_SEQUENCE)
         own = min(
-            chunk_lengths(_LONGEST_SEARCHED),
+            chunk_lengths(LONGEST_SMALL),
             key=lambda length: (peak(endless, Schedule(length, policy, 1), calibration).total, length),
         )
     else:
@@ -51,16 +49,11 @@ def _longest_of_all(workload: Workload, cap: int, calibration: Calibration, limi
     """Where the best schedule depends on the length: the longest sequence of the one that is best for a little more,
     until none is."""
 
-    def considered(length: int) -> Iterator[Schedule]:
-        for policy in policies_of(workload):
-            for chunk_length in chunk_lengths(min(length, _LONGEST_SEARCHED)) | {length}:
-                yield Schedule(chunk_length, policy, 1)
-
     longest = 0
     length = min(workload.train.sequence_length, limit)  # which mostly fits
     while longest < limit:
         longer = _with_length(workload, length)
-        best = min(considered(length), key=lambda schedule: peak(longer, schedule, calibration).total)
+        best = min(small_schedules(longer), key=lambda schedule: peak(longer, schedule, calibration).total)
         own = best.chunk_length if best.chunk_length < length else limit
 
         def peak_of(length: int, own: int = own, policy: StatePolicy = best.state_policy) -> int:

@@ -12,6 +12,8 @@ from slim_core.planning.time_model import step_seconds
 SHORTEST_CHUNK = 16
 """The planner's shortest. Shorter ones cost time and save little: by then states outweigh the activations, or overheads
 the work."""
+LONGEST_SMALL = 3 << 10
+"""The chunk length of least memory is not above this, unless it is that of the whole sequence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,14 @@ def schedules(workload: Workload, chunking: Chunking | None, max_positions: int 
                 continue
             for policy in (default,) if whole else considered:  # one chunk: there is nothing to keep or to reverse
                 yield Schedule(chunk_length, policy, batch_size)
+
+
+def small_schedules(workload: Workload) -> Iterator[Schedule]:
+    """Those of one sequence at a time and short chunks, or one: among them is the one of least memory."""
+    length = workload.train.sequence_length
+    for policy in policies_of(workload):
+        for chunk_length in chunk_lengths(min(length, LONGEST_SMALL)) | {length}:
+            yield Schedule(chunk_length, policy, 1)
 
 
 def chunk_lengths(longest: int) -> set[int]:

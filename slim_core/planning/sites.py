@@ -48,15 +48,18 @@ def _saved_below(model: ModelConfig, train: TrainConfig) -> list[Site]:
     """What the first layer does not save where adapters are all that is trained: below the first of them nothing has a
     gradient but a performer's states."""
     sites = _saved_by_norm(model, train) if model.norm == "pre" else []
-    if model.attention == "softmax":
-        if not is_trained(train, "query", "key_value"):
-            sites += _saved_by_softmax(model, train)
-            sites += [(-1, model.model_width * number_bytes(train))] if is_trained(train, "output") else []
+    if model.attention == "performer":
+        for layer, heads in (("query", model.num_heads), ("key_value", model.kv_heads)):
+            if not is_trained(train, layer):
+                sites += _saved_by_feature_map(model, heads, number_bytes(train))
         return sites
-    for layer, heads in (("query", model.num_heads), ("key_value", model.kv_heads)):
-        if not is_trained(train, layer):
-            sites += _saved_by_feature_map(model, heads, number_bytes(train))
-    return sites
+    if is_trained(train, "query", "key_value"):
+        return sites
+    sites += _saved_by_softmax(model, train)
+    if is_trained(train, "output"):
+        return [*sites, (-1, model.model_width * number_bytes(train))]
+    sites += _saved_by_norm(model, train) if model.norm == "pre" else []
+    return sites if is_trained(train, "mlp_in") else [*sites, *_saved_by_activation(model, train)]
 
 
 def saved_in_blocks(model: ModelConfig, train: TrainConfig) -> list[Site]:
@@ -101,17 +104,20 @@ def _saved_by_attention(model: ModelConfig, train: TrainConfig) -> list[Site]:
 def saved_by_mlp(model: ModelConfig, train: TrainConfig) -> list[Site]:
     """Of one layer, with the norm and the residual sum."""
     d, number = model.model_width, number_bytes(train)
-    f = model.mlp_width * number
-    # Before and after the activation function; SwiGLU also saves the gate's, before its product with the other.
-    product = (int(is_trained(train, "mlp_out")), f)
-    activation = [(1, 2 * f), (1, f), product] if model.activation == "swiglu" else [(1, f), product]
     return [
         *_saved_by_norm(model, train),
         (int(is_trained(train, "mlp_in")), d * number),
-        *activation,
+        *_saved_by_activation(model, train),
+        (int(is_trained(train, "mlp_out")), model.mlp_width * number),  # its result
         *_saved_by_adapters(train, _OF_MLP),
         *([(1, d)] if train.dropout else []),
     ]
+
+
+def _saved_by_activation(model: ModelConfig, train: TrainConfig) -> list[Site]:
+    """What the activation function reads; SwiGLU also saves the gate's, before its product with the other."""
+    f = model.mlp_width * number_bytes(train)
+    return [(1, 2 * f), (1, f)] if model.activation == "swiglu" else [(1, f)]
 
 
 def _saved_by_adapters(train: TrainConfig, layers: tuple[str, ...]) -> list[Site]:

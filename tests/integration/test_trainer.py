@@ -23,6 +23,7 @@ from worker.environment import trainer_environment
 from worker.memory_watch import MemoryWatch
 from worker.messages import (
     Checkpoint,
+    Data,
     Device,
     Done,
     Evaluation,
@@ -133,6 +134,7 @@ def test_a_job_runs_to_its_end_resumes_bit_for_bit_and_is_a_start_for_others(sta
     kinds = [type(message) for message in whole.messages]
     three_steps_and_an_evaluation = [Metric, Metric, Metric, Evaluation, Checkpoint]
     assert kinds == [
+        Data,
         Started,
         Probed,
         Evaluation,
@@ -141,7 +143,7 @@ def test_a_job_runs_to_its_end_resumes_bit_for_bit_and_is_a_start_for_others(sta
         Done,
         GradientCheck,
     ]
-    assert whole.messages[0] == Started(0)
+    assert whole.of(Started) == [Started(0)]
     assert [evaluation.step for evaluation in whole.of(Evaluation)] == [0, 3, 6]
     assert whole.of(Done) == [Done(6, "completed")]
     assert whole.losses[-1] < whole.losses[0]
@@ -161,14 +163,14 @@ def test_a_job_runs_to_its_end_resumes_bit_for_bit_and_is_a_start_for_others(sta
     resumed = start(resume_from=str(folder))
     tuned = start(replace(TRAIN, steps=1, seed=8), initial_weights=str(folder))
     assert resumed.finish() == 0
-    assert resumed.messages[1] == Started(3)
+    assert resumed.of(Started) == [Started(3)]
     assert resumed.losses == whole.losses[3:]
     assert resumed.of(Evaluation) == whole.of(Evaluation)[2:]
     hashes = [[file["sha256"] for file in trainer.of(Checkpoint)[-1].files] for trainer in (whole, resumed)]
     assert hashes[0] == hashes[1]
 
     assert tuned.finish() == 0
-    assert tuned.messages[1] == Started(0)
+    assert tuned.of(Started) == [Started(0)]
     assert tuned.losses[0] < whole.losses[0] - 0.05
 
 
@@ -225,7 +227,7 @@ def test_a_cap_that_is_too_small_is_reported_as_such(start: Start, tmp_path: Pat
         (failure,) = trainer.of(Failure)
         assert failure is trainer.messages[-1]
         assert failure.code == "memory_cap_exceeded"
-    assert too_long.messages[1] == Started(0)
+    assert too_long.of(Started) == [Started(0)]
     failure = too_long.of(Failure)[0]
     assert failure.step == 0
     assert failure.peak_bytes is not None

@@ -14,14 +14,15 @@ import pytest
 import torch
 
 from slim_core.config import LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
+from slim_core.layers.documents import positions_in_documents
 from slim_core.layers.dropout import Dropout
 from slim_core.memory import is_out_of_memory
-from slim_core.model import LanguageModel
+from slim_core.model import Documents, LanguageModel
 from slim_core.optim import make_optimizer, optimizer_tensors
 from slim_core.planning import Chunking, Workload, default_calibration, plan_job
 from slim_core.planning.memory_model import DOUBLE, optimizer_bytes, state_bytes, update_bytes
 from slim_core.planning.shapes import num_frozen, num_trained
-from slim_core.planning.sites import FLOAT, saved_in_blocks, saved_sites
+from slim_core.planning.sites import FLOAT, number_bytes, saved_in_blocks, saved_sites
 from slim_core.tensor_heap import library_path
 from slim_core.weights.lora import add_adapters
 from tests.unit.core_support import small_config, write_text
@@ -271,6 +272,17 @@ def test_the_prediction_covers_every_option(name: str, text: Path) -> None:
 
 
 ADAPTED = {"lora": {"rank": 8, "targets": ["key_value", "mlp_out"]}}
+SOFTMAX = {"attention": "softmax"}
+GPT2 = {
+    "attention": "softmax",
+    "activation": "gelu_tanh",
+    "attention_bias": True,
+    "output_bias": True,
+    "positions": "learned",
+    "max_positions": 512,
+    "scaled_embeddings": False,
+    "tied_embeddings": True,
+}
 LLAMA = {
     "num_heads": 4,
     "num_kv_heads": 2,
@@ -299,6 +311,14 @@ LLAMA = {
         ({"num_kv_heads": 1, "norm_type": "rms", "activation": "swiglu", "mlp_bias": False}, {}),
         (LLAMA | {"feature_map": "favor", "num_features": 96}, {}),
         (LLAMA | {"feature_map": "favor", "num_features": 96}, ADAPTED | {"precision": "bfloat16"}),
+        (LLAMA | SOFTMAX, {}),
+        (LLAMA | SOFTMAX, {"precision": "bfloat16"}),
+        (LLAMA | SOFTMAX, {"packing": "packed", "dropout": 0.1}),
+        (LLAMA | SOFTMAX, {"lora": {"rank": 8, "targets": ["query", "key_value"]}}),
+        (LLAMA | SOFTMAX, {"lora": {"rank": 8, "targets": ["mlp_out"]}}),
+        (LLAMA | SOFTMAX, {"lora": {"rank": 8, "targets": ["output"]}, "precision": "bfloat16"}),
+        (GPT2, {}),
+        (GPT2, {"lora": {"rank": 8, "targets": ["key_value"]}}),
         ({}, {"dropout": 0.1}),
         ({}, {"precision": "bfloat16"}),
         ({"feature_map": "favor", "num_features": 96, "positions": "rotary"}, {"precision": "bfloat16"}),
@@ -329,16 +349,24 @@ def test_the_sites_are_what_autograd_saves(changes: dict[str, Any], options: dic
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    states = [state.requires_grad_() for state in model.initial_states(1, length)]
+    states = model.initial_states(1, length)
+    if config.attention == "performer":
+        states = [state.requires_grad_() for state in states]
     apart |= {state.untyped_storage().data_ptr() for state in states}
     tokens = torch.zeros(1, length, dtype=torch.int64)
+    documents = None
+    if train.packing == "packed":
+        starts = torch.arange(length).remainder(100).eq(0).unsqueeze(0)
+        documents = Documents(starts, positions_in_documents(starts).long())
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        chunk = model.forward_chunk(tokens, 0, states, dropout=Dropout(train.dropout, seed=0, step=0, first_row=0))
+        dropout = Dropout(train.dropout, seed=0, step=0, first_row=0)
+        chunk = model.forward_chunk(tokens, 0, states, documents=documents, dropout=dropout)
         loss = model.loss(chunk.hidden, tokens)
     found = sum(saved.values())
     sites = [*saved_sites(config, train), *saved_in_blocks(config, train)]
-    final_norm = [(1, config.model_width * 4), (2, 4)] if config.norm == "pre" else []
-    grad_hidden = (1, config.model_width * 4)
+    width = config.model_width * number_bytes(train)
+    final_norm = [(1, width), (1 if config.norm_type == "rms" else 2, 4)] if config.norm == "pre" else []
+    grad_hidden = (1, width)
     counted = length * sum(count * width for count, width in [*sites, *final_norm, grad_hidden])
     assert loss.requires_grad
     assert found == pytest.approx(counted, rel=0.04)

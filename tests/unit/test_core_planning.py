@@ -45,6 +45,22 @@ from slim_core.planning.memory_model import Schedule, predict_peak
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
 NO_CAP = 1 << 50
+LLAMA = ModelConfig(
+    num_layers=30,
+    model_width=576,
+    num_heads=9,
+    num_kv_heads=3,
+    mlp_width=1536,
+    vocab_size=49_152,
+    attention="softmax",
+    norm_type="rms",
+    activation="swiglu",
+    mlp_bias=False,
+    positions="rotary",
+    scaled_embeddings=False,
+    tied_embeddings=True,
+)
+"""The shape of SmolLM2-135M."""
 CALIBRATION = Calibration(
     source="by hand",
     device="cpu",
@@ -57,6 +73,7 @@ CALIBRATION = Calibration(
     adafactor=Update(1e-4, 1e-4, 3e-9),
     sgd=Update(1e-4, 1e-5, 1e-9),
 )
+SMOLLM2 = Workload(LLAMA, TrainConfig(sequence_length=2_048, batch_size=2, steps=100, lora=LoraConfig()))
 SLOW_CALLS = replace(CALIBRATION, overheads=Overheads(0.05, 0.05, 0.0, 0.0))
 PTB = Workload(BUILTIN_MODELS["performer-ptb"], TrainConfig(sequence_length=16_384, batch_size=4, steps=100))
 
@@ -77,7 +94,12 @@ LORA_TARGETS = [
 def workloads(draw: st.DrawFn) -> Workload:
     heads = draw(st.sampled_from([1, 2, 4, 8]))
     feature_map = draw(st.sampled_from(FEATURE_MAPS))
+    norm_type = draw(st.sampled_from(["layer", "rms"]))
     model = ModelConfig(
+        attention=draw(st.sampled_from(["performer", "softmax"])),
+        num_kv_heads=draw(st.sampled_from([None, 1])),
+        norm_type=norm_type,
+        mlp_bias=norm_type == "layer",
         num_layers=draw(st.integers(1, 6)),
         model_width=heads * draw(st.sampled_from([16, 32, 64, 128])),
         num_heads=heads,
@@ -98,6 +120,7 @@ def workloads(draw: st.DrawFn) -> Workload:
         lora=draw(st.sampled_from([None, lora])),
         precision=draw(st.sampled_from(["float32", "bfloat16"])),
         dropout=draw(st.sampled_from([0.0, 0.1])),
+        packing=draw(st.sampled_from(["continuous", "packed", "single"])),
     )
     return Workload(model, train)
 
@@ -226,6 +249,7 @@ def test_the_longest_sequence_is_exact(workload: Workload, share: float) -> None
 def test_the_longest_sequence_is_exact_for_the_user_s_chunks(
     workload: Workload, share: float, policy: Any, chunk_share: float
 ) -> None:
+    policy = None if workload.model.attention == "softmax" else policy
     chunking = Chunking(max(1, int(chunk_share * workload.train.sequence_length)), policy)
     least = smallest_cap(workload, chunking=chunking)
     shortest = smallest_cap(changed(workload, sequence_length=1), chunking=Chunking(1, policy))
@@ -357,13 +381,61 @@ def test_no_more_positions_at_once_than_the_limit(limit: int) -> None:
     assert own.chunk_length * own.micro_batch_size <= limit
 
 
+def test_softmax_attention_is_planned_with_its_keys_and_values() -> None:
+    """They are all that grows with the sequence, beside the token ids; without a gradient in the first layer where
+    nothing below has an adapter."""
+    numbers = 2 * 30 * 2 * 3 * 64  # of a position: keys and values of a micro-batch of one, and their gradients
+    short, long = (
+        plan_job(changed(SMOLLM2, sequence_length=length, batch_size=1), NO_CAP, CALIBRATION, Chunking(256))
+        for length in (2_048, 65_536)
+    )
+    assert (short.state_policy, long.state_policy) == ("prefix", "prefix")
+    assert short.breakdown.states == 4 * numbers * 2_048
+    grown = long.predicted_peak_bytes - short.predicted_peak_bytes
+    assert grown == pytest.approx(4 * (numbers + 1) * 63_488, rel=0.03)
+    half = changed(SMOLLM2, precision="bfloat16", batch_size=1)
+    assert plan_job(half, NO_CAP, CALIBRATION, Chunking(256)).breakdown.states == 3 * numbers * 2_048
+    queries = changed(SMOLLM2, lora=LoraConfig(targets=("query",)), batch_size=1)
+    states = plan_job(queries, NO_CAP, CALIBRATION, Chunking(256)).breakdown.states
+    assert states == (30 + 29) * 4 * 2 * 3 * 64 * 2_048
+
+
+def test_the_longest_sequence_ends_with_the_learned_positions() -> None:
+    gpt2 = replace(PTB, model=replace(PTB.model, attention="softmax", positions="learned", max_positions=20_000))
+    assert plan_job(gpt2, NO_CAP, CALIBRATION).max_sequence_length == 20_000
+    assert plan_job(changed(gpt2, packing="packed"), NO_CAP, CALIBRATION).max_sequence_length > 20_000
+
+
+def test_a_transformer_that_does_not_fit_may_do_so_as_a_performer() -> None:
+    long = changed(SMOLLM2, sequence_length=1 << 20)
+    with pytest.raises(MemoryCapInfeasibleError) as caught:
+        plan_job(long, 2048 * MIB, CALIBRATION)
+    (other,) = (each for each in caught.value.suggestions if "performer" in each)
+    assert other.startswith('set attention to "performer"')
+    performer = replace(long, model=replace(LLAMA, attention="performer", feature_map="favor"))
+    assert f"needs {smallest_cap(performer) / MIB:.0f} MiB" in other
+    with pytest.raises(MemoryCapInfeasibleError) as caught:
+        plan_job(long, 300 * MIB, CALIBRATION)
+    assert not any("performer" in each for each in caught.value.suggestions)
+
+
+@pytest.mark.parametrize(("workload", "policy"), [(SMOLLM2, "keep"), (SMOLLM2, "reverse"), (PTB, "prefix")])
+def test_a_policy_of_another_attention_is_refused(workload: Workload, policy: Any) -> None:
+    with pytest.raises(ValueError, match="state_policy"):
+        plan_job(workload, NO_CAP, CALIBRATION, Chunking(64, policy))
+
+
 HARD = changed(PTB, sequence_length=1 << 24, batch_size=1 << 16)
 """Of all requests that the API takes, one with the most schedules."""
+HARD_SOFTMAX = changed(SMOLLM2, sequence_length=1 << 24, batch_size=1 << 16)
 
 
-@pytest.mark.parametrize("cap", [260 * MIB, 8192 * MIB])
+@pytest.mark.parametrize("workload", [HARD, HARD_SOFTMAX], ids=["performer", "softmax"])
+@pytest.mark.parametrize("cap", [260 * MIB, 1 << 43])
 @pytest.mark.parametrize("chunking", [None, Chunking(4096)])
-def test_a_plan_takes_few_evaluations(monkeypatch: pytest.MonkeyPatch, cap: int, chunking: Chunking | None) -> None:
+def test_a_plan_takes_few_evaluations(
+    monkeypatch: pytest.MonkeyPatch, workload: Workload, cap: int, chunking: Chunking | None
+) -> None:
     """The API has 20 ms for an answer. All schedules and all suggestions were 5,561 evaluations of 25 µs."""
     evaluated: list[Schedule] = []
 
@@ -372,20 +444,21 @@ def test_a_plan_takes_few_evaluations(monkeypatch: pytest.MonkeyPatch, cap: int,
         return predict_peak(workload, schedule, calibration)
 
     monkeypatch.setattr(considered, "predict_peak", counted)
-    assert fits(HARD, cap, chunking=chunking) == (cap == 8192 * MIB)
+    assert fits(workload, cap, chunking=chunking) == (cap == 1 << 43)
     assert len(evaluated) <= 160
 
 
+@pytest.mark.parametrize("base", [PTB, SMOLLM2, changed(PTB, packing="packed")], ids=["ptb", "smollm2", "packed"])
 @pytest.mark.parametrize("batch_size", [2, 8, 16, 64])
 @pytest.mark.parametrize("sequence_length", [96, 2_048, 16_384])
-def test_no_schedule_that_is_left_out_would_win(batch_size: int, sequence_length: int) -> None:
+def test_no_schedule_that_is_left_out_would_win(base: Workload, batch_size: int, sequence_length: int) -> None:
     """Several sequences at once in chunks: one with longer chunks does the same in less memory."""
-    workload = changed(PTB, batch_size=batch_size, sequence_length=sequence_length)
+    workload = changed(base, batch_size=batch_size, sequence_length=sequence_length)
     everything = [
         considered.candidate(workload, schedule, CALIBRATION)
         for exponent in range(4, sequence_length.bit_length())
         for length in {1 << exponent, min(3 << exponent - 1, sequence_length), sequence_length}
-        for chunking in [Chunking(length, "keep"), Chunking(length, "reverse")]
+        for chunking in [Chunking(length, policy) for policy in considered.allowed_policies(workload)]
         for schedule in considered.schedules(workload, chunking, None)
     ]
     assert any(c.schedule.micro_batch_size > 1 and c.schedule.chunk_length < sequence_length for c in everything)

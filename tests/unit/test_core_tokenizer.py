@@ -259,7 +259,11 @@ def test_a_template_that_is_none_has_its_line() -> None:
 
 def test_where_a_template_comes_from(folder: Path, tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "default"}]
-    configs = {"one": {"chat_template": "one"}, "several": {"chat_template": named}, "none": {}}
+    configs: dict[str, dict[str, Any]] = {
+        "one": {"chat_template": "one"},
+        "several": {"chat_template": named},
+        "none": {},
+    }
     for name, config in configs.items():
         rendered = load_tokenizer(changed(folder, tmp_path / name, config)).chat_template.render(CONVERSATION)
         wanted = {"one": "one", "several": "default", "none": ChatTemplate().render(CONVERSATION)}
