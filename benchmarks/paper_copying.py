@@ -94,7 +94,7 @@ def copying_batch(step: int) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def accuracy(model: LanguageModel, tokens: Tensor, targets: Tensor, chunk_length: int) -> float:
     """Share of targets whose token has the largest logit, chunk by chunk as the loss is computed."""
-    states = model.initial_states(tokens.shape[0])
+    states = model.initial_states(*tokens.shape)
     correct = 0
     for span in ChunkSpans(tokens.shape[1], chunk_length):
         chunk = model.forward_chunk(tokens[:, span], span.start, states)

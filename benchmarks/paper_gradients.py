@@ -91,7 +91,7 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
 @torch.no_grad()
 def states_after(model: LanguageModel, tokens: Tensor) -> Tensor:
     """All layers' states behind (1, C) tokens, in one vector."""
-    return _vector(model.advance(tokens, 0, model.initial_states(1)))
+    return _vector(model.advance(tokens, 0, model.initial_states(*tokens.shape)))
 
 
 def _vector(states: Iterable[Tensor]) -> Tensor:
@@ -113,7 +113,7 @@ def perform(folder: Path, sequence_length: int = SEQUENCE_LENGTH) -> None:
         errors: list[float] = []
         state_errors: list[float] = []
         with state_dtype(dtype):
-            assert model.initial_states(1)[0].dtype == dtype
+            assert model.initial_states(1, 1)[0].dtype == dtype
             for chunk_length in chunk_lengths:
                 with entry_states_of(model, chunk_length) as states:
                     errors.append(relative_error(gradient(model, tokens, targets, chunk_length, policy), reference))

@@ -178,7 +178,7 @@ def checkpointed(model: LanguageModel) -> LanguageModel:
 
 def checkpointed_step(model: LanguageModel, tokens: Tensor, targets: Tensor) -> float:
     """Loss and gradients of the whole sequence of a `checkpointed` model by plain autograd."""
-    chunk = model.forward_chunk(tokens, 0, model.initial_states(tokens.shape[0]))
+    chunk = model.forward_chunk(tokens, 0, model.initial_states(*tokens.shape))
     loss = model.loss(chunk.hidden, targets, scale=1 / targets.numel())
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.item()

@@ -140,7 +140,8 @@ class _Bench:
                 lambda x: join_heads(split_heads(x, x.shape[2] // 64, parts=1)[0].contiguous()), self._rows
             ),
             rotary=self._curves(
-                lambda x: Place(0, None, rotation(torch.zeros(1, device=device), 64, dtype)).rotated(x), self._heads
+                lambda x: Place(0, None, None, rotation(torch.zeros(1, device=device), 64, dtype)).rotated(x),
+                self._heads,
             ),
             **maps,
             gelu=self._curves(nn.functional.gelu, self._rows),
@@ -421,7 +422,7 @@ def _train_seconds(
 def _advance_seconds(config: ModelConfig, device: torch.device, length: int) -> float:
     """Of pass 1 over one chunk."""
     model = LanguageModel(config).initialize(seed=0).to(device)
-    tokens, states = torch.zeros(1, length, dtype=torch.int64, device=device), model.initial_states(1)
+    tokens, states = torch.zeros(1, length, dtype=torch.int64, device=device), model.initial_states(1, length)
 
     def advance() -> None:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Sampling from a checkpoint with a recurrent state: memory does not grow with the text.
+"""Sampling from a checkpoint with a recurrent state: memory does not grow with the text, unless attention is softmax.
 
 python -m slim_core.generate FOLDER --prompt "def " --tokens 200
 """
@@ -33,7 +33,7 @@ def generate(
         raise ValueError("prompt: must have at least one token")
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
-    states = model.initial_states(batch=1)
+    states = model.initial_states(1, len(prompt) + max_tokens)
     tokens = torch.tensor([list(prompt)], device=device)
     for span in ChunkSpans(len(prompt), _PROMPT_CHUNK):
         hidden, _, states = model.forward_chunk(tokens[:, span], span.start, states)

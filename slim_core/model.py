@@ -49,7 +49,7 @@ class Chunk(NamedTuple):
     hidden: Tensor
     """(B, C, D), what the head reads."""
     entry_states: States
-    """Leaves of the graph; their gradients belong to the chunk before."""
+    """Leaves of the graph, whose gradients belong to the chunk before; of softmax attention what was given."""
     exit_states: States
 
 
@@ -164,9 +164,10 @@ class LanguageModel(nn.Module):
                 if isinstance(module, Favor):
                     module.redraw(step // every)
 
-    def initial_states(self, batch: int) -> States:
-        """States before position 0."""
-        return [block.attention.initial_state(batch) for block in self._blocks()]
+    def initial_states(self, batch: int, length: int) -> States:
+        """States before position 0 of sequences of `length` positions."""
+        dtype = self.compute_dtype or self.embedding.weight.dtype
+        return [block.attention.initial_state(batch, length, dtype) for block in self._blocks()]
 
     def forward_chunk(
         self,
@@ -238,9 +239,10 @@ class LanguageModel(nn.Module):
     def _embed(self, tokens: Tensor, start: int, documents: Documents | None, dropout: Dropout) -> tuple[Tensor, Place]:
         """Token embeddings with their positions, (B, C, D), and what the layers need to know."""
         config = self.config
-        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-        if documents is not None:
-            positions = documents.positions
+        starts, in_documents = (None, None) if documents is None else documents
+        positions = in_documents
+        if positions is None:
+            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         x = embed(tokens, self.embedding.weight)
         if config.scaled_embeddings and config.positions != "concatenated":
             x = x * math.sqrt(config.model_width)  # as large as the positions (Vaswani et al., section 3.4)
@@ -258,5 +260,5 @@ class LanguageModel(nn.Module):
         turned = None
         if config.positions == "rotary":
             turned = rotation(positions, config.head_width, x.dtype, config.rotary_base, config.rotary_scaling)
-        place = Place(start, None if documents is None else documents.starts, turned)
+        place = Place(start, starts, in_documents, turned)
         return dropout(x, start, layer=-1, site="embedding"), place

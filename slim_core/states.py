@@ -6,12 +6,14 @@
            at the border of a document, the set before it is kept.
 `stride`   pass 1 keeps every k-th set; the ones between are recomputed from the nearest, k at a time: memory
            N / k + k, any layer can do it, for one more pass over the states. k = sqrt(N) needs the least.
+`prefix`   for layers whose state is a buffer that grows with the sequence and keeps the past as it was: every set is a
+           part of the last one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 
@@ -32,6 +34,9 @@ class Entry(NamedTuple):
 class StateStore(Protocol):
     """Sees states in the order of pass 1, gives them back in the order of pass 2."""
 
+    in_graph: ClassVar[bool]
+    """Entry states are leaves of autograd's graph; if not, the layers themselves carry gradients over."""
+
     def record(self, entry: States, *, resets: bool) -> None:
         """Pass 1 is about to leave the chunk whose entry states these are; `resets` if a document begins in it."""
 
@@ -44,6 +49,8 @@ class StateStore(Protocol):
 
 class Keep:
     """All entry states, in the precision that the model computes in."""
+
+    in_graph: ClassVar[bool] = True
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -61,6 +68,8 @@ class Keep:
 
 class Reverse:
     """The states at the border that pass 2 has reached, in float64: thousands of subtractions lose no digits."""
+
+    in_graph: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._chunks_left = 0
@@ -85,6 +94,8 @@ class Reverse:
 
 class Stride:
     """Every k-th set of entry states, and those of the k chunks that pass 2 is in."""
+
+    in_graph: ClassVar[bool] = True
 
     def __init__(self, stride: int, dtype: torch.dtype, advance: Advance) -> None:
         self._stride = stride
@@ -117,6 +128,24 @@ class Stride:
             self._between.append(states)
 
 
+class Prefix:
+    """The one set that there is."""
+
+    in_graph: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self._states: States = []
+
+    def record(self, entry: States, *, resets: bool) -> None:
+        self._states = entry
+
+    def entry(self) -> Entry:
+        return Entry(self._states, states_are_exit=False)
+
+    def visited(self, chunk: Chunk) -> None:
+        """Nothing to learn from it."""
+
+
 def make_store(policy: StatePolicy, dtype: torch.dtype, stride: int, advance: Advance) -> StateStore:
     """The store of a policy, for one pass over one sequence."""
     match policy:
@@ -126,3 +155,5 @@ def make_store(policy: StatePolicy, dtype: torch.dtype, stride: int, advance: Ad
             return Reverse()
         case "stride":
             return Stride(stride, dtype, advance)
+        case "prefix":
+            return Prefix()

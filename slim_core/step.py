@@ -34,7 +34,7 @@ class ChunkedModel(Protocol):
 
     def parameters(self) -> Iterator[torch.nn.Parameter]: ...
 
-    def initial_states(self, batch: int) -> States: ...
+    def initial_states(self, batch: int, length: int) -> States: ...
 
     def forward_chunk(
         self,
@@ -106,7 +106,7 @@ def slim_step(
 
     dtype = next(model.parameters()).dtype
     store = make_store(state_policy, dtype, stride or default_stride(len(spans)), advance)
-    states = model.initial_states(tokens.shape[0])
+    states = model.initial_states(*tokens.shape)
     with torch.no_grad():
         for number in range(len(spans) - 1):
             store.record(states, resets=documents.begin_in(spans[number]))
@@ -120,7 +120,7 @@ def slim_step(
         if exit_grads is not None:
             entry = store.entry()
         between_chunks()
-        if not entry.states_are_exit and span.start > 0:
+        if store.in_graph and not entry.states_are_exit and span.start > 0:
             entry = Entry([state.requires_grad_() for state in entry.states], states_are_exit=False)
         with gradients_in_place():
             chunk = model.forward_chunk(
@@ -195,7 +195,7 @@ def evaluate_loss(
     """Sum of the cross-entropies of (B, T) tokens in nats, chunk by chunk; less memory than a training step at the
     same C."""
     documents = _Documents(document_starts)
-    states = model.initial_states(tokens.shape[0])
+    states = model.initial_states(*tokens.shape)
     loss = 0.0
     for span in ChunkSpans(tokens.shape[1], chunk_length):
         chunk = model.forward_chunk(tokens[:, span].long(), span.start, states, documents=documents.of(span))

@@ -23,6 +23,8 @@ class Place(NamedTuple):
     """Absolute position of the chunk's first token."""
     starts: Tensor | None
     """(B, C) booleans, true where a document begins; None where none does."""
+    positions: Tensor | None
+    """(B, C) integers, distance from the start of the document; None for one document a row."""
     rotation: tuple[Tensor, Tensor] | None
     """Cosines and sines, (..., C, K / 2), of rotary positions."""
 
@@ -51,8 +53,8 @@ class Attention(nn.Module):
         self.key_value = Linear(width, 2 * config.kv_width, bias=bias)
         self.output = Linear(width, width, bias=config.output_bias) if config.output_projection else None
 
-    def initial_state(self, batch: int) -> Tensor:
-        """State before position 0."""
+    def initial_state(self, batch: int, length: int, dtype: torch.dtype) -> Tensor:
+        """State before position 0 of sequences of `length` positions, computed in `dtype`."""
         raise NotImplementedError
 
     def exit_state(self, x: Tensor, entry: Tensor, place: Place) -> Tensor:

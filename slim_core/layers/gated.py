@@ -81,7 +81,7 @@ class GatedAttention(Attention):
         self.gate = Linear(width, width, bias=False)
         self.head_norm = nn.Parameter(torch.ones(config.head_width))
 
-    def initial_state(self, batch: int) -> Tensor:
+    def initial_state(self, batch: int, length: int, dtype: torch.dtype) -> Tensor:
         """State before position 0: zeros, (B, H, K, K) in float64."""
         width = self.config.head_width
         shape = (batch, self.config.num_heads, width, width)

@@ -235,7 +235,7 @@ class PerformerAttention(Attention):
         super().__init__(config)
         self.features = make_feature_map(config, layer)
 
-    def initial_state(self, batch: int) -> Tensor:
+    def initial_state(self, batch: int, length: int, dtype: torch.dtype) -> Tensor:
         """State before position 0: zeros, (B, H, M, K + 1) in float64."""
         config = self.config
         shape = (batch, config.num_heads, config.features_per_head, config.head_width + 1)

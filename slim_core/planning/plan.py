@@ -8,7 +8,7 @@ from typing import Literal
 from slim_core.config import ModelConfig, TrainConfig, _Json
 from slim_core.planning.costs import Costs, Overheads, Update
 
-StatePolicy = Literal["keep", "reverse", "stride"]
+StatePolicy = Literal["keep", "reverse", "stride", "prefix"]
 
 
 @dataclass(frozen=True, slots=True)

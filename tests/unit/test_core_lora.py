@@ -41,7 +41,7 @@ def adapted(
 
 def outputs(model: LanguageModel) -> Tensor:
     tokens, _ = a_batch(model.config, 2, 20)
-    return model.forward_chunk(tokens.long(), 0, model.initial_states(2)).hidden
+    return model.forward_chunk(tokens.long(), 0, model.initial_states(2, 20)).hidden
 
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:

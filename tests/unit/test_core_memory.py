@@ -324,7 +324,7 @@ def test_the_sites_are_what_autograd_saves(changes: dict[str, Any], options: dic
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    states = [state.requires_grad_() for state in model.initial_states(1)]
+    states = [state.requires_grad_() for state in model.initial_states(1, length)]
     apart |= {state.untyped_storage().data_ptr() for state in states}
     tokens = torch.zeros(1, length, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):

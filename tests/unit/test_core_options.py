@@ -303,21 +303,6 @@ def test_a_decayed_state_cannot_be_reversed() -> None:
     stepped(a_model(config), tokens, targets, 30, "reverse")  # one chunk: nothing to reverse
 
 
-def test_softmax_is_the_transformer_of_the_whole_sequence() -> None:
-    config = small_config(attention="softmax", positions="rotary")
-    model = a_model(config, torch.float64)
-    tokens, targets = a_batch(config, batch=2, length=70)
-    starts = drawn_starts(2, 70, 0.1)
-    assert_close(stepped(model, tokens, targets, 70, "keep"), oracle(model, tokens, targets), EXACT)
-    packed = stepped(model, tokens, targets, 70, "keep", document_starts=starts)
-    assert_close(packed, oracle(model, tokens, targets, document_starts=starts), EXACT)
-    for policy in POLICIES:
-        with pytest.raises(ValueError, match=r"chunk_length: .* whole sequence in one chunk"):
-            stepped(model, tokens, targets, 69, policy)
-    with pytest.raises(ValueError, match="whole sequence"):
-        evaluate_loss(model, tokens, targets, chunk_length=35)
-
-
 def test_positions_that_were_not_learned() -> None:
     config = small_config(positions="learned")
     tokens, targets = a_batch(config, batch=1, length=151)
@@ -336,7 +321,7 @@ def test_rotary_turns_queries_against_keys_by_their_distance() -> None:
 
     def score(query_position: int, key_position: int) -> float:
         places = [
-            Place(0, None, rotation(torch.tensor([position]), 8, torch.float64))
+            Place(0, None, None, rotation(torch.tensor([position]), 8, torch.float64))
             for position in (query_position, key_position)
         ]
         return float(places[0].rotated(q) @ places[1].rotated(k).mT)
@@ -361,7 +346,7 @@ def test_bfloat16_is_close_and_its_gradients_are_float32(feature_map: str) -> No
     for name, gradient in gradients.items():
         assert (narrow[name] - gradient).norm() < 0.1 * gradient.norm(), name
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    chunk = model.forward_chunk(tokens.long(), 0, model.initial_states(2))
+    chunk = model.forward_chunk(tokens.long(), 0, model.initial_states(2, 150))
     assert chunk.hidden.dtype == torch.bfloat16
     assert {state.dtype for state in chunk.exit_states} == {torch.float64}
     assert model.logits(chunk.hidden).dtype == torch.float32
@@ -450,7 +435,8 @@ def test_the_configuration_counts_every_weight(attention: str, changes: dict[str
     config = small_config(attention=attention, **changes)
     model = LanguageModel(config)
     assert config.num_parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert {state.numel() for state in model.initial_states(batch=3)} == {3 * config.state_size}
+    growing = 2 * config.kv_width if attention == "softmax" else 0
+    assert {state.numel() for state in model.initial_states(3, 7)} == {3 * (config.state_size + 7 * growing)}
     assert ModelConfig.from_json(config.to_json()) == config
 
 

@@ -328,7 +328,7 @@ def test_the_configuration_counts_what_the_model_holds(feature_map: str, norm: s
     config = small_config(feature_map, norm=norm, output_projection=output_projection)
     model = LanguageModel(config)
     assert config.num_parameters == sum(parameter.numel() for parameter in model.parameters())
-    states = model.initial_states(batch=3)
+    states = model.initial_states(3, 40)
     assert len(states) == config.num_layers
     assert {state.numel() for state in states} == {3 * config.state_size}
 

@@ -68,7 +68,7 @@ def test_copying_loss_is_that_of_the_second_half() -> None:
 def test_accuracy_does_not_depend_on_the_chunk_length(chunk_length: int) -> None:
     tokens, targets = paper_copying.copying_batch(0)
     model = small_model()
-    hidden = model.forward_chunk(tokens, 0, model.initial_states(1)).hidden
+    hidden = model.forward_chunk(tokens, 0, model.initial_states(*tokens.shape)).hidden
     expected = (model.logits(hidden).argmax(-1) == targets).sum().item() / 256
     assert paper_copying.accuracy(model, tokens, targets, chunk_length) == expected
 
@@ -145,11 +145,11 @@ def test_precision_of_states_reaches_the_step_and_is_put_back() -> None:
     tokens, targets = paper_copying.copying_batch(0)
     reference = paper_gradients.gradient(copy.deepcopy(model).double(), tokens, targets, 511, "keep")
     with paper_gradients.state_dtype(torch.float32):
-        assert model.initial_states(1)[0].dtype == torch.float32
-        chunk = model.forward_chunk(tokens, 0, model.initial_states(1))
+        assert model.initial_states(1, 1)[0].dtype == torch.float32
+        chunk = model.forward_chunk(tokens, 0, model.initial_states(*tokens.shape))
         assert chunk.exit_states[0].dtype == torch.float32
         single = paper_gradients.gradient(model, tokens, targets, 16, "reverse")
-    assert model.initial_states(1)[0].dtype == torch.float64
+    assert model.initial_states(1, 1)[0].dtype == torch.float64
     double = paper_gradients.gradient(model, tokens, targets, 16, "reverse")
     assert paper_gradients.relative_error(single, reference) < 1e-3
     assert 0 < paper_gradients.relative_error(double, reference) < 1e-5
