@@ -1,4 +1,4 @@
-"""The real case: a pretrained Transformer, LoRA, long sequences of real text, under a cap that the ordinary step exceeds.
+"""The real case: a pretrained Transformer, LoRA, 2,048 tokens of real text, under a cap that the ordinary step exceeds.
 
     make demo-smollm2        python -m benchmarks.smollm2 [--steps N] [--out FOLDER] [--draw]
 
@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
 
 from benchmarks.bench_measure import MIB, ROOT, Record, machine, progress
 from benchmarks.page import Target, at_least, at_most, fill, table, targets_table
@@ -270,8 +269,9 @@ def _steps_table(record: Record) -> str:
         rows.append([name, *cells])
     head = ["", "peak, MiB", "of the cap", "seconds a step", "tokens/s", "loss"]
     where = record["machine"]
-    note = f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}; medians of {ROUNDS * STEPS_A_ROUND} steps, in turns."
-    return f"{table(head, rows)}\n\n{note}\n\n![Peak memory and time of a step of each method, with the cap](figures/smollm2.png)"
+    on = f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}"
+    picture = "![Peak memory and time of a step of each method, with the cap](figures/smollm2.png)"
+    return f"{table(head, rows)}\n\n{on}; medians of {ROUNDS * STEPS_A_ROUND} steps, in turns.\n\n{picture}"
 
 
 if __name__ == "__main__":

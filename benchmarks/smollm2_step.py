@@ -2,9 +2,10 @@
 
     python -m benchmarks.smollm2_step '{"folder": ..., "text": ..., "method": ..., "tokens": 2048, ...}'
 
-Methods: `slim` (chunks of `chunk_length`; the whole sequence is the ordinary step), `checkpoint_layers` (the ordinary step
-of the same code, each layer's activations recomputed in backward), and `transformers` and `transformers_checkpoint`, the
-same two in the transformers and PEFT packages. Each adds the gradient of rank-8 adapters on queries, keys and values.
+Methods: `slim` (chunks of `chunk_length`; the whole sequence is the ordinary step), `checkpoint_layers` (the ordinary
+step of the same code, each layer's activations recomputed in backward), and `transformers` and
+`transformers_checkpoint`, the same two in the transformers and PEFT packages. Each adds the gradient of rank-8 adapters
+on queries, keys and values.
 Prints one line of JSON: runtime_bytes (before the model), peak_bytes, step_seconds (each step but the first), loss.
 """
 

@@ -163,8 +163,8 @@ def test_pieces_have_the_tokens_of_the_whole(
 ) -> None:
     monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 1500)
     monkeypatch.setattr(encoding, "_SEARCHED_CHARACTERS", 300)
-    folders = {"byte-level": lambda: folder, "bytes": lambda: None}
-    path = folders[kind]() if kind in folders else spaced(tmp_path / "it", prepend=kind == "prepend")
+    paths = {"byte-level": folder, "bytes": None}
+    path = paths[kind] if kind in paths else spaced(tmp_path / "it", prepend=kind == "prepend")
     tokenizer = load_tokenizer(path)
     text = TEXT[:60_000]
     counts = EncodingCounts()

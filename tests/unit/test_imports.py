@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
         "slim_core.weights.folder",
         "slim_core.weights.source",
         "slim_core.weights.card",
+        "slim_core.data.prepare",
     ],
 )
 def test_starts_without_torch(module: str, tmp_path: Path) -> None:
