@@ -26,7 +26,7 @@ from pydoc_data.topics import topics
 from benchmarks.bench_measure import MIB, ROOT, Record, machine, progress
 from benchmarks.page import Target, at_least, at_most, fill, table, targets_table
 from benchmarks.smollm2_figure import draw
-from cli.client import Client, Job, Sample
+from cli.client import Client, Job
 from cli.up import Options, Stack
 from worker.environment import trainer_environment
 
@@ -126,7 +126,7 @@ def run_job(scratch: Path, steps: int, say: Callable[..., None] = progress) -> R
         "plan": {name: value for name, value in job["plan"].items() if name != "frontier"},
         "cap_bytes": cap,
         "measured_peak_bytes": job["measured_peak_bytes"],
-        "gradient_check": (job["certificate"] or {}).get("gradient_check"),
+        "gradient_check": None if job["certificate"] is None else job["certificate"]["gradient_check"],
         "step_seconds": statistics.median(row["step_seconds"] for row in rows if row["step_seconds"] is not None),
         "losses": [[row["step"], row["loss"]] for row in rows if row["loss"] is not None],
         "validation": [[row["step"], row["validation_loss"]] for row in rows if row["validation_loss"] is not None],
@@ -167,7 +167,7 @@ def _watched(client: Client, job: Job, check: Callable[[], None], say: Callable[
 
 def _sample(client: Client, job_id: str, prompt: str) -> str:
     request = {"prompt": prompt, "max_tokens": 40, "temperature": 0.0, "checkpoint": "final"}
-    return prompt + "".join(piece for piece in client.generate(job_id, request) if not isinstance(piece, Sample))
+    return prompt + "".join(piece for piece in client.generate(job_id, request) if isinstance(piece, str))
 
 
 def run_steps(folder: Path, chunk_length: int) -> dict[str, Record]:

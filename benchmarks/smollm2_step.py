@@ -65,7 +65,7 @@ def _slim(folder: Path, spec: dict[str, Any]) -> Callable[[Tensor, Tensor], floa
     recomputed = spec["method"] == "checkpoint_layers"
     if recomputed:
         for block in model.blocks:
-            block.forward = _recomputed(block.forward)  # type: ignore[method-assign,assignment]
+            block.forward = _recomputed(block.forward)
 
     def step(tokens: Tensor, targets: Tensor) -> float:
         model.zero_grad(set_to_none=recomputed)  # what is recomputed has weights without gradients to add to
@@ -109,7 +109,7 @@ def _transformers(folder: Path, spec: dict[str, Any]) -> Callable[[Tensor, Tenso
         adapted.zero_grad(set_to_none=False)
         logits = adapted(input_ids=tokens, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        loss.backward()
+        torch.autograd.backward(loss)
         return loss.item()
 
     return step

@@ -94,7 +94,7 @@ def _sample(folder: Path, request: Message, deadline: float) -> Iterator[Message
         raise _RefusedError("prompt_too_long", message, prompt_tokens=len(prompt), max_prompt_tokens=longest)
     if max(prompt) >= config.vocab_size:
         raise _RefusedError("damaged", "the tokenizer has more tokens than the model")
-    required = required_bytes(folder, config, len(prompt) + request["max_tokens"])
+    required = required_bytes(config, len(prompt) + request["max_tokens"])
     if required > request["memory_bytes"]:
         raise _no_memory(request["memory_bytes"], required)
 

@@ -35,7 +35,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from slim_core.model import LanguageModel
@@ -44,6 +43,7 @@ from slim_core.weights.files import (
     DTYPE_NAMES,
     CheckpointFile,
     Pieces,
+    read_tensor,
     seal,
     seal_file,
     sha256,
@@ -53,6 +53,7 @@ from slim_core.weights.files import (
 )
 from slim_core.weights.folder import ModelFolderError, locate, read_config, read_json
 from slim_core.weights.foreign import foreign_tensors, write_adapter
+from slim_core.weights.header import HeaderError, read_header, read_metadata
 from slim_core.weights.layout import Layout, layout_of, written_config
 from slim_core.weights.lora import adapters
 from slim_core.weights.source import ModelSource
@@ -62,6 +63,8 @@ _DTYPE_WORDS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "
 """In transformers' words."""
 _FEATURES = ".attention.features."
 """Buffers of a FAVOR+ performer: a model with softmax attention has none to give."""
+_UNREADABLE = (OSError, EOFError, HeaderError)
+"""What a file that is not what it should be makes of being read."""
 
 
 class CheckpointError(ValueError):
@@ -223,23 +226,31 @@ def _fill_model(model: LanguageModel, targets: Mapping[str, Tensor], folder: Pat
     entries = sorted(located.items(), key=lambda item: (item[1].path, item[1].stored.offset))
     for path, group in groupby(entries, key=lambda item: item[1].path):
         try:
-            with safe_open(path, framework="pt") as file:
+            with path.open("rb") as file:
                 for short, entry in group:
-                    source = file.get_tensor(entry.stored.name)
-                    _copy(source.T if table[short].transposed else source, table[short].parts, targets)
-        except (OSError, SafetensorError) as error:
+                    for first, piece in read_tensor(file, entry.stored):
+                        _copy(piece, first, table[short], targets)
+        except _UNREADABLE as error:
             raise CheckpointError(f"{path.name}: {error}") from error
 
 
-def _copy(source: Tensor, parts: Iterable[Rows], targets: Mapping[str, Tensor]) -> None:
+def _copy(piece: Tensor, first: int, of: FileTensor, targets: Mapping[str, Tensor]) -> None:
+    """Rows of a file's tensor from `first` on, to where they belong in the model's parameters."""
     start = 0
-    for part in parts:
+    for part in of.parts:
         if part.parameter in targets:
             target = targets[part.parameter].detach()
-            if source.dim():
-                target[part.first : part.first + part.count].copy_(source[start : start + part.count])
-            else:  # a number of a feature map that was registered
-                target.copy_(source)
+            if not piece.dim():  # a number of a feature map that was registered
+                target.copy_(piece)
+            elif of.transposed:  # the piece has some inputs of all parts
+                own = target[part.first : part.first + part.count]
+                own[:, first : first + len(piece)].copy_(piece[:, start : start + part.count].T)
+            else:
+                low, high = max(first, start), min(first + len(piece), start + part.count)
+                if low < high:
+                    target[part.first + low - start : part.first + high - start].copy_(
+                        piece[low - first : high - first]
+                    )
         start += part.count
 
 
@@ -267,19 +278,22 @@ def _fill(
 ) -> None:
     """Copy the tensors of a file into `targets`. It must hold them and `others`, nothing else, and the `metadata`."""
     try:
-        with safe_open(path, framework="pt") as file:
-            _check_names({*targets, *others}, set(file.keys()), path)
-            for key, value in (metadata or {}).items():
-                if (found := (file.metadata() or {}).get(key)) != value:
-                    raise CheckpointError(f"{path.name}: {key} is {found}, the run has {value}")
+        header, found = read_header(path), read_metadata(path)
+        _check_names({*targets, *others}, set(header), path)
+        for key, value in (metadata or {}).items():
+            if found.get(key) != value:
+                raise CheckpointError(f"{path.name}: {key} is {found.get(key)}, the run has {value}")
+        with path.open("rb") as file:
             for name, target in targets.items():
-                source = file.get_tensor(name)
-                if source.shape != target.shape:
+                stored = header[name]
+                if stored.shape != tuple(target.shape):
                     raise CheckpointError(
-                        f"{path.name}: {name!r} has shape {tuple(source.shape)}, the model wants {tuple(target.shape)}"
+                        f"{path.name}: {name!r} has shape {stored.shape}, the model wants {tuple(target.shape)}"
                     )
-                target.detach().copy_(source)
-    except (OSError, SafetensorError) as error:
+                whole = FileTensor(name, stored.shape, (Rows(name, 0, stored.shape[0] if stored.shape else 1),))
+                for first, piece in read_tensor(file, stored):
+                    _copy(piece, first, whole, targets)
+    except _UNREADABLE as error:
         raise CheckpointError(f"{path.name}: {error}") from error
 
 

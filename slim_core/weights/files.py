@@ -1,22 +1,22 @@
-"""Writing safetensors piece by piece, and making files durable."""
+"""Reading and writing safetensors piece by piece, and making files durable."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from slim_core.weights.header import header_bytes
+from slim_core.weights.header import HeaderError, StoredTensor, header_bytes
 
 _BLOCK_BYTES = 1 << 20
-"""Read at a time to hash a file; two of these exist at once."""
+"""Read at a time to hash a file or to fill a tensor; two of these exist at once."""
 _MODE = 0o644
 """Whatever the umask is: another process serves the files."""
 
@@ -28,6 +28,7 @@ DTYPE_NAMES = {
     torch.float16: "F16",
 }
 """In the words of safetensors."""
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,30 @@ class Pieces:
     shape: tuple[int, ...]
     pieces: Iterable[Tensor]
     """Its numbers in their order."""
+
+
+def read_tensor(file: BinaryIO, stored: StoredTensor) -> Iterator[tuple[int, Tensor]]:
+    """A tensor of an open file, some rows at a time: the first row's number and (rows, ...); at once, number 0, where
+    it has no rows. A piece lives until the next one is asked for.
+
+    Read and not mapped: the meter of a process under a cap cannot tell pages of a file that is mapped for a while from
+    the process's own. Raises OSError, EOFError for a file that is too short by now, HeaderError for a type that
+    no model has.
+    """
+    dtype = _DTYPES.get(stored.dtype)
+    if dtype is None:
+        raise HeaderError(f"{stored.name!r} is of type {stored.dtype}")
+    rows = stored.shape[0] if stored.shape else 1
+    row_bytes = stored.bytes // max(rows, 1)
+    count = max(1, _BLOCK_BYTES // max(row_bytes, 1))
+    buffer = bytearray(min(count, rows) * row_bytes)
+    file.seek(stored.offset)
+    for first in range(0, rows, count):
+        part = memoryview(buffer)[: min(count, rows - first) * row_bytes]
+        if file.readinto(part) < len(part):  # type: ignore[attr-defined]  # of a file that was opened for reading
+            raise EOFError(f"{stored.name!r} ends too early")
+        numbers = torch.frombuffer(part, dtype=dtype) if len(part) else torch.empty(0, dtype=dtype)
+        yield first, numbers.view(-1, *stored.shape[1:]) if stored.shape else numbers.view(())
 
 
 def write_tensors(

@@ -109,7 +109,7 @@ def locate(folder: Path, layout: Layout, table: dict[str, FileTensor], *, tied: 
     return _locate(_stored(folder), folder, layout, table, tied=tied)
 
 
-def weight_files(folder: Path) -> list[Path]:
+def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder. Raises ModelFolderError."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
@@ -147,7 +147,7 @@ def _stored(folder: Path) -> dict[str, Located]:
     """Every tensor in the files by its name there."""
     found: dict[str, Located] = {}
     problems: list[str] = []
-    paths = weight_files(folder)
+    paths = _weight_files(folder)
     for path in paths:
         try:
             header: Header = read_header(path)

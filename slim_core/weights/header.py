@@ -56,20 +56,19 @@ class StoredTensor:
 Header = dict[str, StoredTensor]
 
 
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What a file says of itself beside its tensors. Raises HeaderError and OSError."""
+    metadata = _fields(path)[0].get("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise HeaderError("__metadata__ must be a JSON object")
+    return metadata
+
+
 def read_header(path: Path) -> Header:
     """The tensors of a file, in the order of their places. Raises HeaderError and OSError."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > size - 8:
-            raise HeaderError(f"{size} bytes are fewer than its header of {length} needs")
-        if length > MAX_HEADER_BYTES:
-            raise HeaderError(f"a header of {length} bytes; at most {MAX_HEADER_BYTES} are read")
-        fields = loads(file.read(length))
+    fields, end, size = _fields(path)
     fields.pop("__metadata__", None)
-    tensors = sorted((_tensor(name, entry, 8 + length) for name, entry in fields.items()), key=_place)
-    end = 8 + length
+    tensors = sorted((_tensor(name, entry, end) for name, entry in fields.items()), key=_place)
     for tensor in tensors:
         if tensor.offset != end:
             relation = "overlaps" if tensor.offset < end else "does not follow"
@@ -78,6 +77,19 @@ def read_header(path: Path) -> Header:
     if end != size:
         raise HeaderError(f"{size} bytes long, but its tensors end at {end}")
     return {tensor.name: tensor for tensor in tensors}
+
+
+def _fields(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The JSON object, where it ends, and the file's size."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > size - 8:
+            raise HeaderError(f"{size} bytes are fewer than its header of {length} needs")
+        if length > MAX_HEADER_BYTES:
+            raise HeaderError(f"a header of {length} bytes; at most {MAX_HEADER_BYTES} are read")
+        return loads(file.read(length)), 8 + length, size
 
 
 def header_bytes(

@@ -161,7 +161,7 @@ def test_the_memory_that_is_asked_for_is_enough(changes: dict[str, Any], tmp_pat
         "seed": 0,
         "seconds": 100.0,
     }
-    enough = required_bytes(folder, config, 3_010)
+    enough = required_bytes(config, 3_010)
     assert [run_sampler({**request, "memory_bytes": limit})[-1]["type"] for limit in (enough, enough - 1)] == [
         "done",
         "error",

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slim_core.config import LoraConfig, ModelConfig
-from slim_core.generate import generate
+from slim_core.generate import Sampling, generate
 from slim_core.layers import softmax
 from slim_core.layers.dropout import Dropout
 from slim_core.layers.head import IGNORED
@@ -334,7 +334,10 @@ def test_generation_takes_the_oracle_s_most_likely_tokens(attention: Any) -> Non
     config = replace(a_config(), attention=attention)
     model = a_model(config, torch.float64)
     prompt = a_batch(config, batch=1, length=30)[0][0].tolist()
-    sample = list(generate(model, prompt, max_tokens=10, temperature=0))
+    greedy = Sampling(temperature=0.0)
+    sample = list(
+        generate(model, prompt, max_tokens=10, end_of_document=-1, vocab_size=config.vocab_size, sampling=greedy)
+    )
     assert len(sample) == 10
     logits = reference_logits(model, torch.tensor([[*prompt, *sample]]))
     assert logits[0, len(prompt) - 1 : -1].argmax(-1).tolist() == sample
