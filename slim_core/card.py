@@ -84,10 +84,15 @@ def _training(model: ModelConfig, train: TrainConfig) -> list[tuple[str, str]]:
     if model.attention == "performer":
         attention += f", {model.feature_map} features, {model.features_per_head} a head"
     optimizer = train.optimizer
+    matching = []
+    if train.matching is not None:
+        phase = f"{train.matching.steps:,} updates over {train.matching_length:,} tokens each, before the first step"
+        matching = [("matched to softmax attention", phase)]
     return [
         ("parameters", f"{model.num_parameters:,}"),
         ("attention", attention),
         ("trained", method),
+        *matching,
         ("sequences", f"{train.batch_size} of {train.sequence_length:,} tokens a step, {train.packing}"),
         ("optimizer", f"{optimizer.name}, learning rate {optimizer.learning_rate:g}, {train.schedule.name}"),
         ("precision", train.precision),

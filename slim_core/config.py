@@ -369,7 +369,7 @@ class MatchingConfig(_Json):
     """Updates of the phase; those of `TrainConfig.steps` come after them."""
     learning_rate: float = 1e-3
     sequence_length: int = 512
-    """L, tokens of one matching sequence; at most T."""
+    """L, tokens of one matching sequence; T where that is shorter."""
 
     def __post_init__(self) -> None:
         _require(self.steps >= 1, "matching.steps", "must be at least 1")
@@ -435,9 +435,9 @@ class TrainConfig(_Json):
         _require(
             self.early_stopping is None or self.evaluate_every is not None, "early_stopping", "needs evaluate_every"
         )
-        _require(
-            self.matching is None or self.matching.sequence_length <= self.sequence_length,
-            "matching.sequence_length",
-            f"must be at most sequence_length ({self.sequence_length})",
-        )
         _require(0 <= self.seed < 2**63, "seed", "must be at least 0 and below 2^63")
+
+    @property
+    def matching_length(self) -> int:
+        """L; 0 without a phase of matching."""
+        return 0 if self.matching is None else min(self.matching.sequence_length, self.sequence_length)

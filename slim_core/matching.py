@@ -77,7 +77,7 @@ class Matcher:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         try:
-            error = self.add_gradient(matching_sequence(data, number, self._config, self._train), between_layers)
+            error = self.add_gradient(matching_sequence(data, number, self._train), between_layers)
             torch.nn.utils.clip_grad_norm_(self._trained, self._train.gradient_clip or math.inf)
             if math.isfinite(error):
                 self.optimizer.step()
@@ -110,13 +110,13 @@ class Matcher:
         return total / len(self._teachers)
 
 
-def matching_sequence(data: Windows, number: int, config: MatchingConfig, train: TrainConfig) -> Batch:
+def matching_sequence(data: Windows, number: int, train: TrainConfig) -> Batch:
     """Sequence of step `number`, (1, L) at most: the windows of fine-tuning in their order, each in pieces of L.
 
     What lies behind the last target of a piece may be padding and is cut off; a piece without targets, such as all
     padding or a long prompt, is replaced by the window's first one, as it is.
     """
-    length = config.sequence_length
+    length = train.matching_length
     window, piece = divmod(number, train.sequence_length // length)
     batch = data.batch(window, 1)
     for start in (piece * length, 0):
