@@ -1,4 +1,4 @@
-# Two images: `api` without torch (API, migration, sweeper) and `worker`, which adds it.
+# Two images: `api` without torch (migration, sweeper, an API that does not sample) and `worker`, which adds it.
 #   docker build --target api -t slimtune-api . && docker build --target worker -t slimtune-worker .
 
 # The trainer's heap is C; no compiler goes into the images.

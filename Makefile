@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+INSTALLED_EXTRA := .venv/.installed-extra
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
 TORCH := $(shell grep '^torch==' requirements.lock)
 
@@ -12,7 +13,7 @@ help:
 	@echo "make demo        one real training job through the REST API, from upload to a sample; about 3 minutes"
 	@echo "make up          keep the service running on http://127.0.0.1:8000"
 	@echo "make test        checks and tests, against real PostgreSQL and Redis"
-	@echo "make test-extra  tests that need something from the system, for example docker compose"
+	@echo "make test-extra  tests beside transformers, peft and SmolLM2, and those that need docker compose; installs 110 MB more"
 	@echo "make lint        only the checks: ruff, mypy, import-linter"
 	@echo "make tradeoff    measure memory and time against the number of chunks, and draw it (docs/figures)"
 	@echo "make bench       measure speed and memory beside other implementations (docs/benchmarks.md); over an hour"
@@ -42,6 +43,11 @@ $(INSTALLED): requirements.lock pyproject.toml slim_core/tensor_heap.c
 	@$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
+$(INSTALLED_EXTRA): requirements-extra.lock $(INSTALLED)
+	@echo "install: requirements-extra.lock, what only test-extra needs"
+	@$(PIP) --no-deps -r requirements-extra.lock
+	@touch $@
+
 demo: $(INSTALLED)
 	@$(BIN)/slimtune demo
 
@@ -52,7 +58,7 @@ test: lint
 	$(BIN)/python -m pytest -n 2
 
 # Exit code 5 of pytest: nothing was collected.
-test-extra: $(INSTALLED)
+test-extra: $(INSTALLED_EXTRA)
 	@$(BIN)/python -m pytest -m extra -rs || \
 	  { code=$$?; [ $$code -eq 5 ] && echo "test-extra: no such test here"; [ $$code -eq 5 ]; }
 

@@ -16,7 +16,8 @@ from api import errors
 from api.dependencies import Context
 from api.middleware import BodyLimit, RequestContext
 from api.problems import Problem
-from api.routes import checkpoints, datasets, devices, health, jobs, models, plans, tokenizers
+from api.routes import checkpoints, datasets, devices, generate, health, jobs, models, plans, tokenizers
+from api.sampler import Slots
 from service import database, logs, queue
 from service.settings import Settings, load_settings
 from service.storage import Storage
@@ -42,6 +43,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         engine=database.engine(settings),
         storage=Storage(settings.data_dir),
         producer=queue.producer(settings.redis_url),
+        sampler_slots=Slots(settings.generate_slots),
     )
     app = FastAPI(
         title="slimtune", version="0.1.0", description=DESCRIPTION, redirect_slashes=False, lifespan=_lifespan
@@ -50,7 +52,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     errors.install(app)
     app.add_middleware(BodyLimit, streaming_paths=frozenset({"/datasets", "/tokenizers", "/models"}))
     app.add_middleware(RequestContext)
-    for resource in (datasets, tokenizers, models, plans, jobs, checkpoints, devices, health):
+    for resource in (datasets, tokenizers, models, plans, jobs, checkpoints, generate, devices, health):
         app.include_router(resource.router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way
     if own_process:

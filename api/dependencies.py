@@ -12,6 +12,7 @@ from fastapi import Depends, Query, Request
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
+from api.sampler import Slots
 from service import database
 from service.settings import Settings
 from service.storage import Storage
@@ -25,6 +26,7 @@ class Context:
     engine: Engine
     storage: Storage
     producer: Celery
+    sampler_slots: Slots
 
 
 async def get_context(request: Request) -> Context:

@@ -30,7 +30,7 @@ class Download(FileResponse):
             "Repr-Digest": f"sha-256=:{digest}:",
             "Cache-Control": "private, max-age=0, must-revalidate",
         }
-        super().__init__(path, 200, headers, "application/octet-stream", filename=name, stat_result=status)
+        super().__init__(path, 200, headers, "application/octet-stream", filename=Path(name).name, stat_result=status)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._is_known(Headers(scope=scope).get("if-none-match", "")):

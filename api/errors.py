@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Scope
 
 from api.problems import field_errors, problem_response
 from service.errors import ServiceError
@@ -64,13 +65,18 @@ def install(app: FastAPI) -> None:
 
 def _service_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServiceError)  # noqa: S101  # what this handler is registered for
+    return service_problem(request.scope, error)
+
+
+def service_problem(scope: Scope, error: ServiceError) -> Response:
+    """The answer to a request that failed with `error`; of a 5xx the log hears as well."""
     if error.status >= 500:
         logger.error("%s: %s", error.code, error.message)
     param = getattr(error, "param", error.fields.get("field"))
     seconds = error.retry_after_seconds
     headers = None if seconds is None else {"Retry-After": str(seconds)}
     return problem_response(
-        request.scope, error.status, error.code, error.message, fields=error.fields, param=param, headers=headers
+        scope, error.status, error.code, error.message, fields=error.fields, param=param, headers=headers
     )
 
 

@@ -86,6 +86,9 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
         413: "The body is too large.",
         416: "The range lies outside the file.",
         422: "The request is not valid, or cannot be met as it stands; the body says what would help.",
+        429: "As many of these as are allowed at once are being made.",
+        500: "Something went wrong on the server's side.",
+        501: "This installation cannot do it.",
         503: "The database cannot be reached.",
         507: "There is no space left to store the file.",
     }

@@ -1,6 +1,6 @@
 """One schedule, run for a few steps the way the trainer runs it, in a process of its own.
 
-    python -m benchmarks.probe '{"model": {...}, "train": {...}, "plan": {...}, "data": "tokens.bin", "threads": 2,
+    python -m benchmarks.probe '{"model": {...}, "train": {...}, "plan": {...}, "data": "tokens-bytes", "threads": 2,
     "validation": false}'
 
 Prints one line of JSON: runtime_bytes (private memory before the model), peak_bytes, step_seconds (median without the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -21,6 +22,8 @@ IN_FLIGHT_SECONDS = 60.0
 """How long to ask for what became of an earlier try that is still being worked on; a statement may take 30."""
 UPLOAD_SECONDS = 300.0
 """How long the service may be silent at the end of an upload: the files are checked."""
+SILENCE_SECONDS = 120.0
+"""How long a sample may say nothing: the model is loaded first."""
 LOST = frozenset({0, 502, 503, 504})
 """No answer of the service's: none at all, or that of a proxy in front of it or a database behind it."""
 
@@ -60,11 +63,32 @@ class Model(TypedDict):
     layout: str | None
 
 
+class Tokenization(TypedDict):
+    tokenizer: str
+    status: str
+    tokens: int | None
+    targets: int | None
+    longest_document_tokens: int | None
+    histogram: dict[str, int] | None
+    problems: list[dict[str, Any]]
+    error: dict[str, Any] | None
+
+
 class Dataset(TypedDict):
     id: str
     bytes: int
-    documents: int
-    tokens: int
+    documents: int | None
+    tokens: int | None
+    tokenizations: list[Tokenization]
+
+
+class Tokenizer(TypedDict):
+    id: str
+    name: str
+    source: str
+    status: str
+    vocab_size: int | None
+    error: dict[str, Any] | None
 
 
 class Progress(TypedDict):
@@ -138,6 +162,15 @@ class Checkpoint(TypedDict):
     files: list[FileRecord]
 
 
+class Sample(TypedDict):
+    finish_reason: str
+    tokens: int
+    prompt_tokens: int
+    seconds: float
+    step: int
+    seed: int
+
+
 class Device(TypedDict):
     id: str
     memory_bytes: int
@@ -190,10 +223,41 @@ class Client:
             return ["api"]
         return [name for name, there in response.json()["checks"].items() if not there]
 
-    def upload_dataset(self, path: Path) -> Dataset:
+    def upload_dataset(self, path: Path, tokenizer: str | None = None) -> Dataset:
+        """Its tokens are made in the background: `dataset(id)["tokenizations"]` says how far they are."""
+        data = {} if tokenizer is None else {"tokenizer": tokenizer}
         with path.open("rb") as file:
-            dataset: Dataset = self._request("POST", "/datasets", files={"file": (path.name, file)})
+            files = {"file": (path.name, file)}
+            dataset: Dataset = self._request("POST", "/datasets", files=files, data=data, timeout=UPLOAD_SECONDS)
         return dataset
+
+    def dataset(self, dataset_id: str) -> Dataset:
+        dataset: Dataset = self._request("GET", f"/datasets/{dataset_id}")
+        return dataset
+
+    def tokenize(self, dataset_id: str, tokenizer: str) -> Tokenization:
+        """Have the dataset's tokens made by a tokenizer, or by that of a model; asking twice is fine."""
+        path = f"/datasets/{dataset_id}/tokenizations"
+        tokenization: Tokenization = self._request("POST", path, json={"tokenizer": tokenizer})
+        return tokenization
+
+    def upload_tokenizer(self, paths: Sequence[Path], name: str | None = None) -> Tokenizer:
+        """tokenizer.json, and what lies beside it; ready when `tokenizer(id)["status"]` says so."""
+        with ExitStack() as stack:
+            files = [("file", (path.name, stack.enter_context(path.open("rb")))) for path in paths]
+            data = {} if name is None else {"name": name}
+            tokenizer: Tokenizer = self._request("POST", "/tokenizers", files=files, data=data, timeout=UPLOAD_SECONDS)
+        return tokenizer
+
+    def train_tokenizer(self, dataset_id: str, vocab_size: int, name: str | None = None) -> Tokenizer:
+        """A BPE of the dataset's text; ready when `tokenizer(id)["status"]` says so."""
+        body: dict[str, Any] = {"train": {"dataset": dataset_id, "vocab_size": vocab_size}}
+        tokenizer: Tokenizer = self._request("POST", "/tokenizers", json=body | ({"name": name} if name else {}))
+        return tokenizer
+
+    def tokenizer(self, tokenizer_id: str) -> Tokenizer:
+        tokenizer: Tokenizer = self._request("GET", f"/tokenizers/{tokenizer_id}")
+        return tokenizer
 
     def upload_model(self, paths: Sequence[Path], name: str | None = None) -> Model:
         """The files of a base model: config.json, its safetensors and its tokenizer's; or one .gguf, which is ready
@@ -272,7 +336,8 @@ class Client:
         return checkpoint
 
     def download(self, job_id: str, which: int | str, file: FileRecord, folder: Path) -> Path:
-        """Stream one file of a checkpoint into `folder`, where it appears once its size and SHA-256 are right.
+        """Stream one file of a checkpoint into `folder`, where it appears once its size and SHA-256 are right; one that
+        the service has in a folder in a folder likewise.
 
         Raises DamagedDownloadError if they are not.
         """
@@ -294,6 +359,31 @@ class Client:
             return partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
+
+    def generate(self, job_id: str, request: dict[str, Any]) -> Iterator[str | Sample]:
+        """The text that follows a prompt in pieces, as it comes, and at the end what the service says of it."""
+        path = f"/jobs/{job_id}/generate"
+        timeout = httpx2.Timeout(self._http.timeout.connect, read=SILENCE_SECONDS)
+        try:
+            with self._http.stream("POST", path, json={**request, "stream": True}, timeout=timeout) as response:
+                if response.is_error:
+                    response.read()
+                    _raise_for_problem(response)
+                event = ""
+                for line in response.iter_lines():
+                    name, _, value = line.partition(": ")
+                    if name == "event":
+                        event = value
+                    elif name == "data" and event == "error":
+                        problem = json.loads(value)
+                        raise _problem(f"POST {path}", problem["status"], problem)
+                    elif name == "data":
+                        data = json.loads(value)
+                        yield data["text"] if event == "token" else data
+        except httpx2.TransportError as error:
+            raise ServiceError(f"POST {path}: the sample broke off ({error})") from error
+        if event != "done":
+            raise ServiceError(f"POST {path}: the sample broke off")
 
     def _request(self, method: str, path: str, **arguments: Any) -> Any:
         try:
@@ -329,6 +419,9 @@ def _raise_for_problem(response: httpx2.Response) -> None:
     where = f"{response.request.method} {response.request.url.path}"
     if not response.headers.get("content-type", "").startswith("application/problem+json"):
         raise ServiceError(f"{where}: HTTP {response.status_code}", status=response.status_code, code="unknown")
-    problem = response.json()
+    raise _problem(where, response.status_code, response.json())
+
+
+def _problem(where: str, status: int, problem: dict[str, Any]) -> ServiceError:
     message = f"{where}: {problem.get('detail') or problem.get('title')} ({problem.get('code')})"
-    raise ServiceError(message, status=response.status_code, code=problem.get("code", "unknown"), problem=problem)
+    return ServiceError(message, status=status, code=problem.get("code", "unknown"), problem=problem)

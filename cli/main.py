@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from cli.client import DamagedDownloadError, ServiceError
+from cli.client import Client, DamagedDownloadError, Sample, ServiceError
 from cli.demo import STEPS, DemoError, run_demo
 from cli.up import ROOT, Options, StackError, run_until_stopped
 
@@ -61,6 +63,55 @@ def demo(
         fail(error)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+@app.command()
+def generate(
+    job: Annotated[str, typer.Argument(help="Id of the job whose checkpoint continues the prompt.")],
+    prompt: Annotated[str | None, typer.Option(help="Text to continue; without it and --file, that of stdin.")] = None,
+    file: Annotated[Path | None, typer.Option(help="File with that text.", exists=True, dir_okay=False)] = None,
+    checkpoint: Annotated[str, typer.Option(help="latest, best, final or a step.")] = "latest",
+    max_tokens: Annotated[int | None, typer.Option(help="The most to say.", min=1)] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the most likely token every time.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Only the k most likely tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Only tokens with this probability together.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text to end before; may be given several times.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    url: Annotated[str, typer.Option(envvar="SLIMTUNE_URL", help="The service.")] = "http://127.0.0.1:8000",
+) -> None:
+    """Continue a text with a job's checkpoint and print what comes, as it comes."""
+    if prompt is not None and file is not None:
+        raise typer.BadParameter("give one of --prompt and --file")
+    if prompt is None:
+        prompt = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
+    options = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "stop": stop or None,
+        "seed": seed,
+    }
+    which = int(checkpoint) if checkpoint.isdecimal() else checkpoint
+    request = {name: value for name, value in options.items() if value is not None}
+    try:
+        with Client(url) as client:
+            print_sample(client.generate(job, {"prompt": prompt, "checkpoint": which, **request}))
+    except ServiceError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def print_sample(pieces: Iterator[str | Sample]) -> None:
+    """The text on stdout, what is said of it on stderr."""
+    for piece in pieces:
+        if isinstance(piece, str):
+            typer.echo(piece, nl=False)
+        else:
+            typer.echo()
+            reason = f"{piece['finish_reason']}: {piece['tokens']} tokens in {piece['seconds']:.1f} s"
+            typer.echo(f"{reason}, step {piece['step']}, seed {piece['seed']}", err=True)
 
 
 def fail(error: Exception) -> None:

@@ -9,9 +9,10 @@ from sqlalchemy import delete, insert, select, update
 from sqlalchemy.orm import Session
 
 from service import events, runs
-from service.errors import NotFoundError
+from service.errors import NoCheckpointError, NotFoundError
 from service.jsonable import finite
 from service.models import Checkpoint, Job, Model
+from service.status import TERMINAL, JobStatus
 
 
 def register(
@@ -74,6 +75,16 @@ def get(session: Session, job: Job, which: str) -> Checkpoint:
     if found is None:
         raise NotFoundError("checkpoint", which)
     return found
+
+
+def to_read(session: Session, job: Job, which: str) -> Checkpoint:
+    """As `get`. Raises NoCheckpointError where the job is over and has none that could be asked for."""
+    try:
+        return get(session, job, which)
+    except NotFoundError:
+        if JobStatus(job.status) in TERMINAL and not page(session, job.id):
+            raise NoCheckpointError(job.id, job.status) from None
+        raise
 
 
 def file_of(checkpoint: Checkpoint, name: str) -> dict[str, Any]:

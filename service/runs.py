@@ -64,8 +64,8 @@ class ClaimedJob:
     """Folder of its tokenizer; None for bytes."""
     checkpoints_dir: str
     """Of this attempt alone."""
-    names: dict[str, str]
-    """Of job, model and data, for the card of its checkpoints."""
+    names: dict[str, Any]
+    """For the card of its checkpoints (slim_core.origin.Names)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,16 +323,18 @@ def _lease(seconds: float) -> ColumnElement[Any]:
     return func.clock_timestamp() + timedelta(seconds=seconds)
 
 
-def _names(job: Job) -> dict[str, str]:
-    named = {
-        "job": job.id,
-        "base model": job.model,
+def _names(job: Job) -> dict[str, Any]:
+    validation = job.validation_dataset_id
+    if validation is None and (fraction := job.train.get("validation_fraction")):
+        validation = f"{fraction:.0%} of the documents, which are not trained on"
+    return {
+        "model": job.name or f"{job.model} of {job.id}",
+        "base_model": job.model if job.base_model_id is not None else None,
         "data": job.dataset_id,
-        "validation data": job.validation_dataset_id,
+        "validation": validation,
         "tokenizer": job.tokenizer_id or job.tokenizer_key,
-        "memory cap": f"{job.memory_cap_bytes:,} bytes",
+        "memory_cap_bytes": job.memory_cap_bytes,
     }
-    return {name: value for name, value in named.items() if value is not None}
 
 
 def _model_path(session: Session, model_id: str) -> str:

@@ -65,6 +65,14 @@ class Settings(DatabaseSettings):
     self_kill_seconds: float = Field(default=60, gt=0, allow_inf_nan=False)
     """How long a supervisor may fail to renew its lease before it kills its own trainer."""
 
+    generate_slots: int = Field(default=1, ge=1, le=64)
+    """Processes that sample for this API at once, at most."""
+    generate_memory_bytes: int = Field(default=4 * 1024**3, ge=256 * 1024**2)
+    """Private memory of each."""
+    generate_seconds: float = Field(default=60, gt=0, le=3_600, allow_inf_nan=False)
+    """After which a sample ends."""
+    generate_threads: int = Field(default=1, ge=1)
+
     @model_validator(mode="after")
     def _leases_outlast_what_renews_them(self) -> Self:
         if not self.heartbeat_seconds < self.self_kill_seconds < self.lease_seconds:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from slim_core.card import NO_ORIGIN, Curves, Origin, model_card
 from slim_core.compilation import compile_blocks
 from slim_core.config import TrainConfig
 from slim_core.data.dataset import Windows
@@ -23,6 +22,7 @@ from slim_core.matching import Matcher
 from slim_core.memory import MemoryMeter
 from slim_core.model import LanguageModel
 from slim_core.optim import learning_rate, make_optimizer, set_step
+from slim_core.origin import NO_ORIGIN, Curves, Origin, model_card
 from slim_core.planning.plan import Plan
 from slim_core.step import evaluate_loss, slim_step
 from slim_core.weights.checkpoint import checkpoint_name, load_progress, load_training, save_checkpoint
@@ -208,7 +208,8 @@ class TrainingRun:
     def check_gradient(self, other_chunk_length: int) -> GradientCheck:
         """Compare the plan's gradient with that of another chunk length, in the memory of the longer chunk's step.
 
-        The second gradient is taken away from the first where that lies. Raises what the allocator raises.
+        The second gradient is taken away from the first where that lies. Raises what the allocator raises, and
+        DatasetError where the last step has no gradient.
         """
         step = self._config.steps - 1
         first = self._first_with_targets(step)
@@ -348,9 +349,12 @@ class TrainingRun:
         return self._data.num_targets(step * self._config.batch_size, self._config.batch_size)
 
     def _first_with_targets(self, step: int) -> int:
-        """A sequence of the step that has a gradient; 0 if none has."""
+        """A sequence of the step that has a gradient."""
         first, size = step * self._config.batch_size, self._config.batch_size
-        return next((row for row in range(size) if self._data.num_targets(first + row, 1)), 0)
+        for row in range(size):
+            if self._data.num_targets(first + row, 1):
+                return row
+        raise DatasetError("no sequence of the step has a target with a loss")
 
     def _gradient_norm(self) -> float:
         return float(torch.nn.utils.get_total_norm([p.grad for p in self._model.parameters() if p.grad is not None]))

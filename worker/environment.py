@@ -6,21 +6,9 @@ import os
 import re
 from collections.abc import Mapping
 
+from service.child_environment import inherited_environment
 from slim_core.tensor_heap import THRESHOLD_BYTES, library_path
 
-ALLOWED = (
-    "PATH",
-    "LANG",
-    "LC_ALL",
-    "PYTHONPATH",
-    "LD_LIBRARY_PATH",
-    "TMPDIR",
-    "PYTHONDONTWRITEBYTECODE",
-    "CUDA_DEVICE_ORDER",
-    "CUDA_VISIBLE_DEVICES",
-    "GOMP_SPINCOUNT",
-)
-"""What a trainer may inherit. Anything else, the database URL and keys above all, stays with the supervisor."""
 SPIN_COUNT = 1_000
 """How long threads of trainers that share cores spin for their next piece of work before they sleep (GOMP_SPINCOUNT),
 unless the environment says otherwise: one that spins for long takes the core from the others
@@ -52,17 +40,15 @@ def preparer_environment(inherited: Mapping[str, str] | None = None) -> dict[str
     """Everything in the environment of what the preparer starts: one thread, and the ordinary allocator with one arena,
     so that its memory is what it needs."""
     source = os.environ if inherited is None else inherited
-    kept = {name: source[name] for name in ALLOWED if name in source}
     threads = dict.fromkeys(("OMP_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
-    return {**kept, **threads, "TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "1"}
+    return {**inherited_environment(source), **threads, "TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "1"}
 
 
 def trainer_environment(threads: int, inherited: Mapping[str, str] | None = None) -> dict[str, str]:
     """Everything in a trainer's (or the calibration's) environment; `threads` bounds its numeric libraries."""
     source = os.environ if inherited is None else inherited
-    kept = {name: source[name] for name in ALLOWED if name in source}
     return {
-        **kept,
+        **inherited_environment(source),
         **allocator_environment(),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from slim_core.calibrate import warm_up
-from slim_core.card import Origin
 from slim_core.config import ModelConfig, TrainConfig
 from slim_core.data.dataset import Windows
 from slim_core.data.stream import Part
@@ -22,6 +21,7 @@ from slim_core.data.tokenizer import tokenizer_key
 from slim_core.data.tokens import NO_SPACE_ERRORS, DatasetError, token_folder
 from slim_core.memory import MemoryMeter, is_out_of_memory, make_meter, pick_device
 from slim_core.model import LanguageModel
+from slim_core.origin import Names, Origin
 from slim_core.planning import Plan
 from slim_core.train import Checkpoint, DivergedError, Done, Evaluation, Matching, StepMetrics, TrainingRun
 from slim_core.weights.checkpoint import CheckpointError, load_weights
@@ -102,7 +102,8 @@ def _load(
 def _origin(spec: dict[str, Any]) -> Origin:
     """What checkpoints take along: the base model's files, or those of the tokenizer alone, and names for the card."""
     folder = spec["initial_weights"] or spec.get("tokenizer")
-    return Origin(None if folder is None else ModelSource.of(Path(folder)), spec.get("names", {}))
+    names = spec.get("names")
+    return Origin(None if folder is None else ModelSource.of(Path(folder)), None if names is None else Names(**names))
 
 
 def _data(spec: dict[str, Any], config: TrainConfig) -> tuple[Windows, Windows | None]:

@@ -16,8 +16,8 @@ from slim_core.data.readers import CompletionDocument, Document, TextDocument
 from slim_core.data.tokenizer import BYTES_KEY, Tokenizer
 from slim_core.data.tokens import Problems, TokenWriter
 
-PIECE_CHARACTERS = 1 << 16
-BATCH_CHARACTERS = 1 << 20
+PIECE_CHARACTERS = 1 << 15
+BATCH_CHARACTERS = 1 << 18
 _BATCH_PIECES = 4096
 _SEARCHED_CHARACTERS = 2048
 """Before the longest possible end of a piece, for a place to cut."""

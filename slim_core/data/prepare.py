@@ -103,7 +103,12 @@ def _sync(folder: Path) -> None:
 
 
 def run_limited(memory_bytes: int, action: Callable[[], object]) -> int:
-    """Do it with at most so much private memory; the exit status of a program, and what there is to say on stderr."""
+    """Do it with at most so much private memory; the exit status of a program, and what there is to say on stderr.
+
+    The tokenizers library takes the threads that OMP_NUM_THREADS allows, where it is set: its own default is all cores.
+    """
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        os.environ.setdefault("RAYON_NUM_THREADS", threads)
     resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a library that is refused memory aborts
     try:

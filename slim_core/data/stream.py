@@ -168,8 +168,8 @@ class _Draw:
         self._limit = self._smallest(documents, min(max(1, round(part.fraction * documents)), documents - 1))
 
     def selected(self, first: int, last: int) -> npt.NDArray[np.bool_]:
-        drawn: npt.NDArray[np.bool_] = self._lots(first, last) <= self._limit
-        return drawn == self._for_validation
+        lots = self._lots(first, last)
+        return lots <= self._limit if self._for_validation else lots > self._limit
 
     def _lots(self, first: int, last: int) -> npt.NDArray[np.uint64]:
         """A number for each document, all different: a bijection (Steele et al., "Fast splittable pseudorandom number

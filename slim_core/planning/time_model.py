@@ -155,9 +155,16 @@ def _layer_of(model: ModelConfig, train: TrainConfig, chunked: bool) -> _Layer:
     if train.lora is None and bias_width:
         gradients.append(_Gradient("column_sum", bias_width, 1))
     products = []
+    at_mlp = 1.0 if at_attention == 1.0 or "output" in adapted else above
+    at_inputs = {
+        "query": above,
+        "key_value": above,
+        "output": at_attention,
+        "mlp_in": at_mlp,
+        "mlp_out": 1.0 if "mlp_in" in adapted else at_mlp,
+    }
     for name, (outputs, inputs) in layer_matrices(model).items():
-        input_backward = above if name in ("query", "key_value") else at_attention if name == "output" else 1.0
-        products.append(_Product(math.sqrt(outputs * inputs), input_backward, float(train.lora is None)))
+        products.append(_Product(math.sqrt(outputs * inputs), at_inputs[name], float(train.lora is None)))
         if train.lora is not None and name in adapted:
             share = (train.lora.rank - 8) / (32 - 8)
             width = (outputs + inputs) / 2

@@ -21,8 +21,8 @@ A model that came in a layout of transformers' and still is what its config.json
 precision of training, and transformers loads the folder as it is. Both layouts are read, in one file or in shards:
 
     from slim_core import load_model
-    model = load_model("checkpoint")              # on the CPU, float32
-    loss = ...                                    # slim_core.step.slim_step, slim_core.generate
+    from slim_core.data.tokenizer import load_tokenizer
+    model, tokenizer = load_model("checkpoint"), load_tokenizer(Path("checkpoint"))
 """
 
 from __future__ import annotations
@@ -116,8 +116,9 @@ def save_checkpoint(
     return files
 
 
-def load_model(folder: Path) -> LanguageModel:
+def load_model(folder: Path | str) -> LanguageModel:
     """The model of a folder, on the CPU, in float32. Raises CheckpointError."""
+    folder = Path(folder)
     try:
         model = LanguageModel(read_config(folder))
     except ModelFolderError as error:

@@ -164,6 +164,8 @@ def _rotary(data: dict[str, Any]) -> tuple[float, RotaryScalingConfig | None]:
     `rope_scaling`."""
     field = "rope_scaling" if data.get("rope_scaling") else "rope_parameters"
     parameters: dict[str, Any] = _optional(data, field, dict, {})
+    if any(isinstance(value, dict) for value in parameters.values()):
+        raise ValueError(f"{field}: other positions in some layers than in others are not supported")
     fraction = parameters.get("partial_rotary_factor", data.get("partial_rotary_factor", 1.0))
     if fraction not in (None, 1):
         raise ValueError(f"partial_rotary_factor: {fraction} is not supported, only 1")
@@ -185,8 +187,6 @@ def _rotary(data: dict[str, Any]) -> tuple[float, RotaryScalingConfig | None]:
                 )
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from error
-    if any(isinstance(value, dict) for value in parameters.values()):
-        raise ValueError(f"{field}: other positions in some layers than in others are not supported")
     raise ValueError(f"{field}: rope_type {kind!r} is not supported; default, linear and llama3 are")
 
 

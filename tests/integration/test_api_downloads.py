@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import Engine
 from starlette.testclient import TestClient
 
-from service import runs
+from service import checkpoints, runs
 from service.database import transaction
 from service.runs import ClaimedJob
 from service.settings import Settings
@@ -132,6 +132,7 @@ def test_a_bad_range_is_a_problem(client: TestClient, url: str, header: str, sta
         "6/files/..%2Fconfig.json",
         "6/files/..%2F..%2F..%2F..%2Fetc%2Fpasswd",
         "6/files/%2e%2e",
+        "6/files/adapter%2Fconfig.json",
         "6/files/config.json%00",
         "6/files/",
         "5/files/config.json",
@@ -141,6 +142,23 @@ def test_a_bad_range_is_a_problem(client: TestClient, url: str, header: str, sta
 )
 def test_only_what_the_row_lists_is_served(client: TestClient, url: str, path: str) -> None:
     assert client.get(f"{url}/{path}").status_code == 404
+
+
+def test_a_file_in_a_folder_of_the_checkpoint_is_served(
+    client: TestClient, bind: Engine, storage: Storage, run: ClaimedJob
+) -> None:
+    path = f"{run.checkpoints_dir}/step-00000008"
+    content = b"{}"
+    storage.path(f"{path}/adapter").mkdir(parents=True)
+    storage.path(f"{path}/adapter/adapter_config.json").write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    files = [{"name": "adapter/adapter_config.json", "bytes": len(content), "sha256": digest}]
+    with transaction(bind) as session:
+        checkpoints.register(session, run.id, run.attempt, 8, files=files, path=path)
+    answer = client.get(f"/jobs/{run.id}/checkpoints/8/files/adapter/adapter_config.json")
+    assert (answer.status_code, answer.content) == (200, content)
+    assert 'filename="adapter_config.json"' in answer.headers["content-disposition"]
+    assert client.get(f"/jobs/{run.id}/checkpoints/8/files/adapter").status_code == 404
 
 
 def test_a_file_beside_the_listed_ones_is_not_served(

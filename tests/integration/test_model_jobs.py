@@ -108,6 +108,7 @@ def test_a_llama_comes_back_as_a_llama_and_is_a_start_for_others(
     card = (folder / "README.md").read_text()
     assert model in card
     assert f"| 0 |  | {losses[0]:.4f} |" in card
+    assert "from transformers import" in card
 
     output = client.get(f"/models/{job['output_model']}").json()
     assert (output["kind"], output["layout"], output["tokenizer"]) == ("output", "llama", "own")

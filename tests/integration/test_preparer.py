@@ -24,7 +24,7 @@ from service.settings import Settings
 from service.storage import Storage, tokens_dir
 from service.tokenizers import TokenizerUpload
 from slim_core.data.tokens import NO_SPACE
-from tests.integration.stage import gone_within, wait_for
+from tests.integration.stage import gone_within, open_stage, wait_for
 from worker.preparer import Preparer
 
 FAKE = "tests.integration.fake_prepare"
@@ -77,7 +77,8 @@ class Hanging:
         self.preparer = Preparer(bind, settings, "a worker", prepare=FAKE)
         self._thread = threading.Thread(target=self.preparer.step)
         self._thread.start()
-        self.pid = int(wait_for("the program", lambda: (folder / "pid").exists() and (folder / "pid").read_text()))
+        found = folder / "pid"
+        self.pid = wait_for("the program", lambda: int(found.read_text()) if found.exists() else None)
 
     def join(self) -> None:
         self._thread.join(10)
@@ -192,8 +193,8 @@ def test_a_full_disk_is_waited_out(bind: Engine, settings: Settings, storage: St
         row = row_of(bind, dataset.id)
         assert (row.status, row.failures, row.error and row.error["code"]) == ("pending", 0, "disk_full")
         with database.transaction(bind) as session:
-            left = session.scalars(select(Tokenization.retry_at - func.clock_timestamp())).one()
-        pauses.append(round(left.total_seconds(), -1))
+            left: Any = session.scalar(select(func.extract("epoch", Tokenization.retry_at - func.clock_timestamp())))
+        pauses.append(round(float(left), -1))
         assert not Preparer(bind, settings, "a worker").step()
         due_now(bind)
     assert pauses == [30, 60, 120]
@@ -281,9 +282,22 @@ def test_a_database_that_is_away_ends_no_preparation(bind: Engine, settings: Set
             )
         return result
 
-    preparer._tokenise = interrupted  # type: ignore[method-assign]
+    preparer._tokenise = interrupted  # type: ignore[assignment,method-assign]
     assert preparer.step()
     assert row_of(bind, dataset.id).status == "ready"
+
+
+def test_a_worker_prepares_beside_its_jobs_and_lets_go_when_it_ends(
+    database_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    with open_stage(database_url, redis_url, tmp_path) as stage:
+        storage = Storage(stage.settings.data_dir)
+        first = upload(stage.bind, storage, "a.jsonl", jsonl(*LINES))
+        worker = stage.worker()
+        wait_for("its tokens", lambda: row_of(stage.bind, first.id).status == "ready", 60)
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(30) == 0
+        assert row_of(stage.bind, first.id).attempt == 1
 
 
 def _until_idle(bind: Engine, settings: Settings) -> None:

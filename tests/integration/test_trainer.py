@@ -255,11 +255,11 @@ def test_a_long_document_is_tokenised_before_the_trainer_grows(start: Start, tmp
 
 
 def test_a_document_that_cannot_be_parsed_under_the_cap_is_named(start: Start, tmp_path: Path) -> None:
-    source = long_document(tmp_path / "longer", megabytes=100)
-    trainer = start(dataset_path=str(source), validation_path=None, memory_cap_bytes=300 << 20)
+    source = long_document(tmp_path / "longer", megabytes=60)
+    trainer = start(dataset_path=str(source), validation_path=None, memory_cap_bytes=150 << 20)
     failure = one_failure(trainer)
     assert failure.code == "document_too_large"
-    assert str(300 << 20) in failure.message
+    assert str(150 << 20) in failure.message
     assert names(source.parent) == ["data.jsonl"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import threading
@@ -11,8 +12,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from cli.client import Client, DamagedDownloadError, FileRecord, ServiceError
+from cli.main import app
 
 WEIGHTS = b"weights" * 100_000
 
@@ -248,3 +251,54 @@ def test_files_of_a_folder_in_a_checkpoint_keep_it_and_no_name_leads_out(
     for name in ("../a.bin", "/a.bin", "a/../../b", ""):
         with pytest.raises(DamagedDownloadError):
             client.download("job_1", "final", {**file, "name": name}, tmp_path)
+
+
+DONE = {"finish_reason": "stop", "tokens": 3, "prompt_tokens": 1, "seconds": 0.5, "step": 7, "seed": 1}
+
+
+def stream(*events: tuple[str, object]) -> tuple[int, str, bytes]:
+    text = "".join(f"event: {name}\ndata: {json.dumps(data)}\n\n" for name, data in events)
+    return 200, "text/event-stream; charset=utf-8", text.encode()
+
+
+def test_a_sample_comes_in_pieces(client: Client, script: Script) -> None:
+    events = [("token", {"text": "line\n\u2028"}), ("token", {"text": "event: 世"}), ("done", DONE)]
+    script.answers["/jobs/job_1/generate"] = stream(*events)
+    assert list(client.generate("job_1", {"prompt": "x"})) == ["line\n\u2028", "event: 世", DONE]
+    ((request, body),) = script.requests
+    assert (request, json.loads(body)) == ("POST /jobs/job_1/generate", {"prompt": "x", "stream": True})
+
+
+def test_a_sample_that_fails_or_breaks_off(client: Client, script: Script) -> None:
+    path = "/jobs/job_1/generate"
+    token = ("token", {"text": "so far"})
+    script.answers[path] = stream(token, ("error", {"status": 500, "code": "generate_failed", "detail": "it died"}))
+    with pytest.raises(ServiceError, match="it died") as failed:
+        list(client.generate("job_1", {"prompt": "x"}))
+    assert (failed.value.status, failed.value.code) == (500, "generate_failed")
+    script.answers[path] = stream(token)
+    with pytest.raises(ServiceError, match="broke off"):
+        list(client.generate("job_1", {"prompt": "x"}))
+    script.json(path, {"status": 429, "code": "generate_busy", "detail": "busy"}, 429, "application/problem+json")
+    with pytest.raises(ServiceError, match="busy"):
+        list(client.generate("job_1", {"prompt": "x"}))
+
+
+def test_the_command_prints_the_text_and_beside_it_how_it_ended(script: Script, tmp_path: Path) -> None:
+    script.answers["/jobs/job_1/generate"] = stream(
+        ("token", {"text": "Grü"}), ("token", {"text": "ße"}), ("done", DONE)
+    )
+    file = tmp_path / "prompt.txt"
+    file.write_text("from a file", encoding="utf-8")
+    run = functools.partial(CliRunner().invoke, app)
+    common = ["generate", "job_1", "--url", script.url]
+    for arguments, stdin in (["--prompt", "given"], None), (["--file", str(file)], None), ([], "from stdin"):
+        result = run([*common, *arguments, "--checkpoint", "12", "--stop", "a", "--stop", "b"], input=stdin)
+        assert (result.exit_code, result.stdout) == (0, "Grüße\n")
+        assert result.stderr == "stop: 3 tokens in 0.5 s, step 7, seed 1\n"
+    bodies = [json.loads(body) for _, body in script.requests]
+    assert [body.pop("prompt") for body in bodies] == ["given", "from a file", "from stdin"]
+    assert bodies == [{"checkpoint": 12, "stop": ["a", "b"], "stream": True}] * 3
+    script.json("/jobs/job_1/generate", {"code": "job_not_found", "detail": "no"}, 404, "application/problem+json")
+    assert run([*common, "--prompt", "x"]).exit_code == 1
+    assert run([*common, "--prompt", "x", "--file", str(file)]).exit_code == 2

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,11 @@ from slim_core.layers.head import IGNORED
 PACKINGS: tuple[Packing, ...] = ("continuous", "packed", "single")
 
 
+NO_COUNTS: dict[str, Any] = dict.fromkeys(
+    ("empty_documents", "untrained_documents", "inexact_cuts", "text_bytes", "source_bytes"), 0
+)
+
+
 def folder_of(folder: Path, documents: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]] | None = None) -> Path:
     """A token folder of these documents, whose last token is taken for their end; and which tokens have a loss."""
     folder.mkdir(exist_ok=True)
@@ -37,9 +43,8 @@ def folder_of(folder: Path, documents: Sequence[Sequence[int]], masks: Sequence[
                 writer.add([token], True if masks is None else masks[number][place])
             writer.end_document(document[-1], loss=True)
         facts = writer.finish()
-    names = ("empty_documents", "untrained_documents", "inexact_cuts", "text_bytes", "source_bytes")
-    size = 2 if vocab_size == 1 << 16 else 4
-    meta = Meta("test", vocab_size, size, 0, "text", **facts, **dict.fromkeys(names, 0))
+        size = 2 if vocab_size == 1 << 16 else 4
+    meta = Meta("test", vocab_size, size, 0, "text", **facts, **NO_COUNTS)
     write_meta(folder, meta)
     return folder
 
@@ -155,7 +160,7 @@ DOCUMENTS = [[10, 11, 12, 0], [20, 0], [30], [40, 41, 42, 43, 44, 45, 46, 47, 0]
 def test_packed_windows_are_the_continuous_ones_with_their_borders(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, DOCUMENTS)
     for seed in range(3):
-        continuous, packed = (Windows(folder, 5, seed, packing) for packing in ("continuous", "packed"))  # type: ignore[arg-type]
+        continuous, packed = (Windows(folder, 5, seed, packing) for packing in PACKINGS[:2])
         assert packed.per_epoch == continuous.per_epoch == 3
         wanted, got = continuous.batch(0, 9), packed.batch(0, 9)
         assert torch.equal(got.tokens, wanted.tokens)

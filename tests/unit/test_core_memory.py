@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from slim_core.config import LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
+from slim_core.layers import softmax
 from slim_core.layers.documents import positions_in_documents
 from slim_core.layers.dropout import Dropout
 from slim_core.memory import is_out_of_memory
@@ -22,7 +23,16 @@ from slim_core.optim import make_optimizer, optimizer_tensors
 from slim_core.planning import Chunking, Workload, default_calibration, plan_job
 from slim_core.planning.memory_model import DOUBLE, optimizer_bytes, state_bytes, update_bytes
 from slim_core.planning.shapes import num_frozen, num_trained
-from slim_core.planning.sites import FLOAT, number_bytes, saved_in_blocks, saved_sites
+from slim_core.planning.sites import (
+    FLOAT,
+    MOST_SCORE_KEYS,
+    SCORE_KEYS,
+    SCORE_QUERIES,
+    number_bytes,
+    saved_in_blocks,
+    saved_sites,
+    score_block,
+)
 from slim_core.tensor_heap import library_path
 from slim_core.weights.lora import add_adapters
 from tests.unit.core_support import small_config, write_text
@@ -269,6 +279,41 @@ def test_the_prediction_covers_every_option(name: str, text: Path) -> None:
     peak, predicted = measured(model, training(1024, 1, **options), Chunking(512, "reverse"), text)
     assert peak <= predicted
     assert peak >= 0.80 * predicted
+
+
+TINY_LLAMA = ModelConfig(
+    num_layers=3,
+    model_width=192,
+    num_heads=6,
+    num_kv_heads=2,
+    mlp_width=512,
+    vocab_size=2_000,
+    attention="softmax",
+    norm_type="rms",
+    activation="swiglu",
+    mlp_bias=False,
+    positions="rotary",
+    scaled_embeddings=False,
+    tied_embeddings=True,
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("chunk_length", "options"),
+    [(64, {}), (512, {}), (4096, {}), (64, {"lora": LORA}), (512, {"lora": LORA}), (4096, {"lora": LORA})],
+    ids=["64", "512", "whole", "lora-64", "lora-512", "lora-whole"],
+)
+def test_the_prediction_holds_for_softmax_attention(chunk_length: int, options: dict[str, Any], text: Path) -> None:
+    peak, predicted = measured(TINY_LLAMA, training(4096, 1, **options), Chunking(chunk_length), text)
+    assert 0.90 * predicted <= peak <= predicted
+
+
+def test_blocks_of_scores_are_those_of_the_layer() -> None:
+    assert (SCORE_QUERIES, SCORE_KEYS, MOST_SCORE_KEYS) == (softmax.QUERIES, softmax.KEYS, softmax.MOST_KEYS)
+    for length in (1, 16, 100, 128, 5000):
+        tiles = softmax._Tiles(length, 0, None, torch.device("cpu"))
+        assert score_block(length) == (tiles._num_queries, tiles._num_keys)
 
 
 ADAPTED = {"lora": {"rank": 8, "targets": ["key_value", "mlp_out"]}}

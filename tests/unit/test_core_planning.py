@@ -94,7 +94,7 @@ LORA_TARGETS = [
 def workloads(draw: st.DrawFn) -> Workload:
     heads = draw(st.sampled_from([1, 2, 4, 8]))
     feature_map = draw(st.sampled_from(FEATURE_MAPS))
-    norm_type = draw(st.sampled_from(["layer", "rms"]))
+    norm_type: Any = draw(st.sampled_from(["layer", "rms"]))
     model = ModelConfig(
         attention=draw(st.sampled_from(["performer", "softmax"])),
         num_kv_heads=draw(st.sampled_from([None, 1])),

@@ -51,6 +51,7 @@ LLAMA = replace(
     scaled_embeddings=False,
     tied_embeddings=True,
 )
+SOFTMAX = replace(LLAMA, attention="softmax")
 FREE_UPDATE = Update(0.0, 0.0, 0.0)
 PRODUCTS_ONLY = replace(
     default_calibration(),
@@ -69,11 +70,21 @@ def seconds(
 
 
 @pytest.mark.parametrize("lora", [None, ("query", "key_value"), ("mlp_in", "mlp_out"), ("output", "mlp_in")])
-@pytest.mark.parametrize(("chunk_length", "policy"), [(512, "keep"), (128, "keep"), (64, "reverse"), (64, "stride")])
-def test_products_are_those_of_the_step(chunk_length: int, policy: StatePolicy, lora: tuple[str, ...] | None) -> None:
+@pytest.mark.parametrize(
+    ("described", "chunk_length", "policy"),
+    [
+        *((MODEL, *schedule) for schedule in ((512, "keep"), (128, "keep"), (64, "reverse"), (64, "stride"))),
+        (LLAMA, 128, "reverse"),
+        (SOFTMAX, 512, "prefix"),
+        (SOFTMAX, 100, "prefix"),
+    ],
+)
+def test_products_are_those_of_the_step(
+    described: ModelConfig, chunk_length: int, policy: StatePolicy, lora: tuple[str, ...] | None
+) -> None:
     """Operations as torch counts them, to 4 %: products with one column and copies of states are not in the model."""
     config = None if lora is None else LoraConfig(rank=8, targets=lora)
-    model = LanguageModel(MODEL).initialize(seed=0)
+    model = LanguageModel(described).initialize(seed=0)
     if config is not None:
         add_adapters(model, config, seed=0)
     for parameter in model.parameters():
@@ -87,7 +98,7 @@ def test_products_are_those_of_the_step(chunk_length: int, policy: StatePolicy, 
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         slim_step(model, tokens, tokens, chunk_length=chunk_length, state_policy=policy, normaliser=1024)
     options: dict[str, Any] = {"lora": config, "optimizer": OptimizerConfig(name="sgd")}
-    counted = seconds(MODEL, PRODUCTS_ONLY, Schedule(chunk_length, policy, 2), batch_size=2, **options)
+    counted = seconds(described, PRODUCTS_ONLY, Schedule(chunk_length, policy, 2), batch_size=2, **options)
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.04)
 
 
@@ -106,7 +117,12 @@ def _workloads() -> list[tuple[ModelConfig, dict[str, Any]]]:
     """Together they use everything that costs time."""
     models: list[ModelConfig] = [replace(MODEL, feature_map=name) for name in FEATURE_MAPS]
     models += [replace(MODEL, activation="swiglu", positions="rotary"), replace(MODEL, num_heads=4)]
-    models += [LLAMA, replace(MODEL, activation="gelu_tanh", mlp_bias=False)]
+    models += [
+        LLAMA,
+        SOFTMAX,
+        replace(MODEL, attention="softmax"),
+        replace(MODEL, activation="gelu_tanh", mlp_bias=False),
+    ]
     trains: list[dict[str, Any]] = [{}, {"dropout": 0.1, "label_smoothing": 0.1}]
     trains += [{"lora": LoraConfig(rank=rank)} for rank in (8, 32)]
     return [(model, train) for model in models for train in trains]

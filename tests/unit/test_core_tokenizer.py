@@ -163,8 +163,8 @@ def test_pieces_have_the_tokens_of_the_whole(
 ) -> None:
     monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 1500)
     monkeypatch.setattr(encoding, "_SEARCHED_CHARACTERS", 300)
-    folders = {"byte-level": lambda: folder, "bytes": lambda: None}
-    path = folders[kind]() if kind in folders else spaced(tmp_path / "it", prepend=kind == "prepend")
+    paths = {"byte-level": folder, "bytes": None}
+    path = paths[kind] if kind in paths else spaced(tmp_path / "it", prepend=kind == "prepend")
     tokenizer = load_tokenizer(path)
     text = TEXT[:60_000]
     counts = EncodingCounts()
@@ -259,7 +259,11 @@ def test_a_template_that_is_none_has_its_line() -> None:
 
 def test_where_a_template_comes_from(folder: Path, tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "default"}]
-    configs = {"one": {"chat_template": "one"}, "several": {"chat_template": named}, "none": {}}
+    configs: dict[str, dict[str, Any]] = {
+        "one": {"chat_template": "one"},
+        "several": {"chat_template": named},
+        "none": {},
+    }
     for name, config in configs.items():
         rendered = load_tokenizer(changed(folder, tmp_path / name, config)).chat_template.render(CONVERSATION)
         wanted = {"one": "one", "several": "default", "none": ChatTemplate().render(CONVERSATION)}

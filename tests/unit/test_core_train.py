@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -15,13 +17,15 @@ import torch
 
 from slim_core import step as step_module
 from slim_core import train
-from slim_core.config import ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from slim_core.config import ModelConfig, OptimizerConfig, Packing, ScheduleConfig, TrainConfig
 from slim_core.data.dataset import Batch, Windows
 from slim_core.data.prepare import make_tokens
+from slim_core.data.tokens import DatasetError
 from slim_core.model import LanguageModel
 from slim_core.optim import learning_rate, make_optimizer
 from slim_core.planning import Plan
 from slim_core.reference import reference_loss
+from slim_core.step import count_targets
 from slim_core.train import Checkpoint, DivergedError, Done, Evaluation, Report, StepMetrics, TrainingRun
 from slim_core.weights.checkpoint import load_model, verify_checkpoint
 from tests.unit.core_support import TINY, a_plan, names, text_windows, write_text
@@ -138,6 +142,81 @@ def test_the_first_step_is_the_oracle_s(bench: Bench) -> None:
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     assert first.loss == pytest.approx(loss.item(), rel=1e-5)
     assert first.grad_norm == pytest.approx(norm.item(), rel=1e-4)
+
+
+def conversations(folder: Path, count: int = 40) -> Path:
+    """A token folder of prompts and completions of 20 to 140 bytes, more or less."""
+    folder.mkdir(parents=True)
+    words = topics["assert"].split()
+    records = [
+        {"prompt": " ".join(words[n : n + 1 + n % 9]), "completion": " ".join(words[n + 20 : n + 22 + n % 17])}
+        for n in range(count)
+    ]
+    source = folder / "data.jsonl"
+    source.write_text("\n".join(json.dumps(record) for record in records))
+    return make_tokens(source)
+
+
+@pytest.mark.parametrize("packing", ["continuous", "packed", "single"])
+def test_steps_and_evaluations_of_documents_are_the_oracle_s(bench: Bench, packing: Packing, tmp_path: Path) -> None:
+    """Micro-batches of sequences with different numbers of targets are one mean, with borders that nothing crosses."""
+    windows = Windows(conversations(tmp_path / "documents"), T, 5, packing)
+    bench.data = windows
+    config = replace(CONFIG, packing=packing, steps=1, evaluate_every=1, evaluate_sequences=2)
+    metrics, evaluation, *_ = bench.run(config, validation=windows).reports()
+    assert isinstance(metrics, StepMetrics)
+    assert isinstance(evaluation, Evaluation)
+    assert metrics.tokens == 3 * T
+    model = LanguageModel(TINY).initialize(CONFIG.seed)
+    tokens, targets, starts = windows.batch(0, 3)
+    assert len({int(count_targets(row)) for row in targets}) > 1
+    loss = reference_loss(model, tokens, targets, document_starts=starts)
+    loss.backward()  # type: ignore[no-untyped-call]
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    assert metrics.loss == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics.grad_norm == pytest.approx(norm.item(), rel=1e-4)
+    tokens, targets, starts = windows.validation(0, 2)
+    with torch.no_grad():
+        wanted = reference_loss(bench.model, tokens, targets, document_starts=starts).item()
+    assert evaluation.loss == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_step_without_a_target_changes_nothing(bench: Bench, tmp_path: Path) -> None:
+    """Of a prompt of many windows, all but the last have none."""
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    source = folder / "data.jsonl"
+    source.write_text(json.dumps({"prompt": "x" * 1000, "completion": "y"}))
+    bench.data = Windows(make_tokens(source), T, 5, "single")
+    last = bench.data.per_epoch - 1
+    config = replace(CONFIG, packing="single", batch_size=1, steps=bench.data.per_epoch)
+    changed = []
+    run = bench.run(config, a_plan(40, "reverse"), validation=bench.data)
+    before = weights(bench.model)
+    assert run.probe() == 123
+    assert_same_weights(bench.model, before)
+    for report in run.reports():
+        if isinstance(report, StepMetrics):
+            same = all(torch.equal(tensor, before[name]) for name, tensor in bench.model.state_dict().items())
+            changed.append(not same)
+            assert same == (report.loss == 0.0) == (report.grad_norm == 0.0)
+            before = weights(bench.model)
+        elif isinstance(report, Evaluation):
+            tokens, targets, _ = bench.data.validation(last, 1)
+            with torch.no_grad():
+                assert report.loss == pytest.approx(reference_loss(bench.model, tokens, targets).item(), rel=1e-5)
+    assert sum(changed) == 1
+    if changed[-1]:
+        assert 0 < run.check_gradient(13).relative_error < 1e-5
+    else:
+        with pytest.raises(DatasetError, match="no sequence of the step has a target"):
+            run.check_gradient(13)
+
+
+def test_validation_data_without_a_target_is_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Windows, "num_validation_targets", lambda *_: 0)
+    with pytest.raises(DatasetError, match="no sequence of the validation data"):
+        list(bench.run(validation=bench.data).reports())
 
 
 @pytest.mark.parametrize("limit", [1e-4, None])

@@ -12,7 +12,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("module", ["api.app", "cli.main", "worker.tasks", "worker.start", "slim_core.data.tokens"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "api.app",
+        "cli.main",
+        "worker.tasks",
+        "worker.start",
+        "slim_core.data.tokens",
+        "slim_core.weights.folder",
+        "slim_core.weights.source",
+        "slim_core.weights.card",
+        "slim_core.data.prepare",
+    ],
+)
 def test_starts_without_torch(module: str, tmp_path: Path) -> None:
     settings = {
         "DATABASE_URL": "postgresql://nowhere/none",

@@ -84,6 +84,8 @@ def test_a_loss_that_is_not_finite_is_none() -> None:
         line(CHECKPOINT, files=[]),
         line(CHECKPOINT, files=[FILE | {"name": "../model.safetensors"}]),
         line(CHECKPOINT, files=[FILE | {"name": "/etc/passwd"}]),
+        line(CHECKPOINT, files=[FILE | {"name": "adapter/../model.safetensors"}]),
+        line(CHECKPOINT, files=[FILE | {"name": "a/b/model.safetensors"}]),
         line(CHECKPOINT, files=[FILE | {"sha256": "short"}]),
         line(FAILURE, code="unheard_of"),
         line(FAILURE, code=["diverged"]),

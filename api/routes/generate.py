@@ -1,0 +1,59 @@
+"""Samples from checkpoints."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body
+from starlette.responses import Response
+
+from api import sampler
+from api.dependencies import ContextDep, SessionDep
+from api.errors import InvalidRequestError
+from api.generation import GENERATE_EXAMPLES, GenerateRequest, GenerateResponse
+from api.problems import documented
+from api.samples import Sample
+from service import checkpoints, jobs
+from service.errors import GenerateUnavailableError
+
+router = APIRouter(prefix="/jobs/{job_id}/generate", tags=["checkpoints"])
+
+STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+
+
+@router.post(
+    "",
+    response_model=GenerateResponse,
+    summary="Sample from a checkpoint",
+    responses=documented(400, 404, 409, 413, 422, 429, 500, 501, 503) | STREAM,
+)
+def generate(
+    job_id: str,
+    request: Annotated[GenerateRequest, Body(openapi_examples=GENERATE_EXAMPLES)],
+    session: SessionDep,
+    context: ContextDep,
+) -> Response:
+    """Continue a prompt, or answer a conversation, also while the job trains. Bounded in tokens, time and memory.
+
+    With `stream` the answer is a stream of events: `token` (`text`), then `done` (all else of the answer without
+    `stream`) or `error` (a problem).
+    """
+    if (request.prompt is None) == (request.messages is None):
+        raise InvalidRequestError(("prompt", "give exactly one of prompt and messages"))
+    if not sampler.is_available():
+        raise GenerateUnavailableError
+    checkpoint = checkpoints.to_read(session, jobs.get(session, job_id), str(request.checkpoint))
+    fields = request.model_dump(exclude={"checkpoint", "seed", "stream"})
+    return Sample(
+        context.settings,
+        context.sampler_slots,
+        {
+            **fields,
+            "folder": str(context.storage.path(checkpoint.path)),
+            "stop": [request.stop] if isinstance(request.stop, str) else request.stop,
+        },
+        step=checkpoint.step,
+        seed=secrets.randbits(31) if request.seed is None else request.seed,
+        stream=request.stream,
+    )
