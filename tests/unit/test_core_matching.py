@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -84,7 +85,7 @@ def test_favor_is_softmax_with_an_error_of_one_over_the_root_of_its_features() -
             with torch.no_grad():
                 wanted = outputs(softmax_over(own), x, place)
                 errors.append(((outputs(own, x, place) - wanted).norm() / wanted.norm()).item() ** 2)
-        return float(sum(errors) / len(errors)) ** 0.5
+        return math.sqrt(sum(errors) / len(errors))
 
     few, many = error(64), error(64 * 64)
     assert many < 0.1, (few, many)
