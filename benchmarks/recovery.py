@@ -225,12 +225,13 @@ def draw(record: Record, path: Path) -> None:
     left.plot([p["tokens"] for p in record["matching"]], [p["error"] for p in record["matching"]], "o-", ms=3)
     left.set(xlabel="tokens of matching", ylabel="relative squared error of attention's outputs", ylim=0)
     left.set_title("Matching", loc="left")
-    right.plot([p["tokens"] for p in record["held_out"]], [p["loss"] for p in record["held_out"]], "o-", ms=3)
-    for name in ("converted", "transformer"):
-        right.axhline(record[name], color="grey", lw=1)
-        right.annotate(name, (0, record[name]), xytext=(0, 3), textcoords="offset points", fontsize=8)
+    points = [{"tokens": 0, "loss": record["converted"]}, *record["held_out"]]
+    right.plot([p["tokens"] for p in points], [p["loss"] for p in points], "o-", ms=3, label="FAVOR+ attention")
+    right.axhline(record["transformer"], color="grey", lw=1, label="the Transformer")
+    right.axvline(record["held_out"][0]["tokens"], color="grey", lw=1, ls=":", label="end of matching")
     right.set(xlabel="tokens, both phases", ylabel="held-out loss, nats per token", ylim=0)
-    right.set_title("Fine-tuning, from the end of matching on", loc="left")
+    right.set_title("Loss", loc="left")
+    right.legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
