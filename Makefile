@@ -7,7 +7,7 @@ INSTALLED_EXTRA := .venv/.installed-extra
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
 TORCH := $(shell grep '^torch==' requirements.lock)
 
-.PHONY: help demo demo-smollm2 up test test-extra lint tradeoff bench plan-accuracy packing plan-latency caps load chaos paper format clean
+.PHONY: help demo demo-smollm2 up test test-extra lint tradeoff bench plan-accuracy packing plan-latency caps load chaos paper recovery format clean
 
 help:
 	@echo "make demo        one real training job through the REST API, from upload to a sample; about 3 minutes"
@@ -25,6 +25,7 @@ help:
 	@echo "make load        200 requests a second on 20,000 jobs while one trains, on two cores (docs/load.md); 4 minutes"
 	@echo "make chaos       kill, stop and starve everything that runs a job, thousands of times (docs/chaos.md); over an hour"
 	@echo "make paper       reproduce the claims of the SLiM paper (docs/paper.md); over an hour, can be continued"
+	@echo "make recovery    move SmolLM2 into FAVOR+ attention and see how much of its loss comes back (docs/recovery.md)"
 	@echo "make format      let ruff format and fix what it can"
 	@echo "make clean       remove .venv, caches and the data in .slimtune"
 
@@ -98,6 +99,9 @@ chaos: $(INSTALLED)
 
 paper: $(INSTALLED)
 	$(BIN)/python -m benchmarks.paper --jobs 2
+
+recovery: $(INSTALLED_EXTRA)
+	$(BIN)/python -m benchmarks.recovery
 
 format: $(INSTALLED)
 	$(BIN)/ruff format

@@ -11,6 +11,7 @@ from api.schemas import (
     ChunkingChoice,
     EarlyStoppingFields,
     FullFields,
+    MatchingFields,
     MethodChoice,
     OptimizerChoice,
     ScheduleFields,
@@ -308,6 +309,7 @@ class JobSummary(_Response):
     optimizer: OptimizerChoice
     schedule: ScheduleFields
     method: MethodChoice = Field(default_factory=FullFields)
+    matching: MatchingFields | None = None
     precision: Literal["float32", "bfloat16"] = "float32"
     dropout: float = 0.0
     label_smoothing: float = 0.0

@@ -162,6 +162,17 @@ class ScheduleFields(_Request):
     final_fraction: float = Field(0.1, ge=0, le=1)
 
 
+class MatchingFields(_Request):
+    """Before the first step, `performer` attention learns to give what the model's own attention gave, layer by layer.
+    Needs `attention: "performer"` and adapters on query or key_value: the frozen weights are the teacher's."""
+
+    steps: int = Field(ge=1, le=1_000_000_000, description="Updates of this phase, one sequence each.")
+    learning_rate: float = Field(1e-3, gt=0, le=10, description="AdamW's, of this phase.")
+    sequence_length: int = Field(
+        512, ge=1, le=16_777_216, description="Tokens of its sequences; those of the job where they are shorter."
+    )
+
+
 class EarlyStoppingFields(_Request):
     """Stop when the validation loss no longer improves. Needs `evaluate_every`."""
 
@@ -231,6 +242,7 @@ class PlanRequest(_Request):
     optimizer: OptimizerChoice = Field(default_factory=AdamWFields)
     schedule: ScheduleFields = Field(default_factory=ScheduleFields)
     method: MethodChoice = Field(default_factory=FullFields)
+    matching: MatchingFields | None = None
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="Of activations and matrix products; weights and their updates stay in float32."
     )

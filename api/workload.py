@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +24,7 @@ from slim_core.config import (
     BYTE_VOCABULARY,
     EarlyStoppingConfig,
     LoraConfig,
+    MatchingConfig,
     ModelConfig,
     OptimizerConfig,
     ScheduleConfig,
@@ -114,8 +116,19 @@ def _check_rules(request: PlanRequest) -> None:
         errors.append(("evaluate_every", "needs validation_dataset or validation_fraction"))
     if request.early_stopping is not None and request.evaluate_every is None:
         errors.append(("early_stopping", "needs evaluate_every"))
+    if request.matching is not None:
+        errors += _problems_of_matching(request)
     if errors:
         raise InvalidRequestError(*errors)
+
+
+def _problems_of_matching(request: PlanRequest) -> Iterator[tuple[str, str]]:
+    if request.attention != "performer":
+        yield "matching", 'needs attention "performer": there is nothing else that could be matched'
+    if not isinstance(request.method, LoraFields):
+        yield "method", 'must be {"type": "lora"} for matching: the frozen weights are those of the model to match'
+    elif not {"query", "key_value"} & {*request.method.targets}:
+        yield "method.targets", "must have query or key_value for matching"
 
 
 def _has_validation(request: PlanRequest) -> bool:
@@ -179,6 +192,7 @@ def _train_config(request: PlanRequest, data: TrainingData) -> TrainConfig:
         optimizer=OptimizerConfig(**request.optimizer.model_dump()),
         schedule=ScheduleConfig(**request.schedule.model_dump()),
         lora=_lora(request.method),
+        matching=None if request.matching is None else MatchingConfig(**request.matching.model_dump()),
         precision=request.precision,
         dropout=request.dropout,
         label_smoothing=request.label_smoothing,

@@ -360,6 +360,24 @@ class EarlyStoppingConfig(_Json):
 
 
 @dataclass(frozen=True, slots=True)
+class MatchingConfig(_Json):
+    """A phase before fine-tuning, in which FAVOR+ attention learns to give what softmax attention gave with the same
+    weights (`slim_core.matching`): AdamW on the adapters of attention, one sequence a step, half a cosine down to a
+    tenth of the learning rate."""
+
+    steps: int
+    """Updates of the phase; those of `TrainConfig.steps` come after them."""
+    learning_rate: float = 1e-3
+    sequence_length: int = 512
+    """L, tokens of one matching sequence; T where that is shorter."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, "matching.steps", "must be at least 1")
+        _require(0 < self.learning_rate <= 10, "matching.learning_rate", "must be above 0 and at most 10")
+        _require(self.sequence_length >= 1, "matching.sequence_length", "must be at least 1")
+
+
+@dataclass(frozen=True, slots=True)
 class TrainConfig(_Json):
     """One training run, apart from model, data and plan. Nothing here depends on the memory cap."""
 
@@ -373,6 +391,8 @@ class TrainConfig(_Json):
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     lora: LoraConfig | None = None
     """Train adapters in place of the model's own weights."""
+    matching: MatchingConfig | None = None
+    """What comes before the first step of a Transformer with FAVOR+ attention; needs adapters on its attention."""
     precision: Precision = "float32"
     """Of matrix products and activations. Weights, states, normalisers and the loss stay in float32."""
     dropout: float = 0.0
@@ -416,3 +436,8 @@ class TrainConfig(_Json):
             self.early_stopping is None or self.evaluate_every is not None, "early_stopping", "needs evaluate_every"
         )
         _require(0 <= self.seed < 2**63, "seed", "must be at least 0 and below 2^63")
+
+    @property
+    def matching_length(self) -> int:
+        """L; 0 without a phase of matching."""
+        return 0 if self.matching is None else min(self.matching.sequence_length, self.sequence_length)

@@ -93,12 +93,19 @@ class Block(nn.Module):
         self, x: Tensor, state: Tensor, place: Place, dropout: Dropout, *, state_is_exit: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(B, C, D) and a state -> (B, C, D), entry state, exit state."""
-        attended, entry, exit_state = self.attention(
-            self.attention_norm(x) if self.norm == "pre" else x, state, place, state_is_exit=state_is_exit
-        )
+        attended, entry, exit_state = self.attention(self.attention_input(x), state, place, state_is_exit=state_is_exit)
+        return self.after_attention(x, attended, place, dropout), entry, exit_state
+
+    def attention_input(self, x: Tensor) -> Tensor:
+        """What attention reads of the residual stream, (B, C, D)."""
+        read: Tensor = self.attention_norm(x) if self.norm == "pre" else x
+        return read
+
+    def after_attention(self, x: Tensor, attended: Tensor, place: Place, dropout: Dropout) -> Tensor:
+        """The residual stream behind the block, given attention's output; (B, C, D) each."""
         x = self._sum(x, attended, self.attention_norm, place, dropout, "attention")
         inner = self._mlp(self.mlp_norm(x) if self.norm == "pre" else x)
-        return self._sum(x, inner, self.mlp_norm, place, dropout, "mlp"), entry, exit_state
+        return self._sum(x, inner, self.mlp_norm, place, dropout, "mlp")
 
     def _sum(self, x: Tensor, branch: Tensor, norm: nn.Module, place: Place, dropout: Dropout, site: str) -> Tensor:
         if self.norm == "branch":
@@ -108,8 +115,7 @@ class Block(nn.Module):
 
     def exit_state(self, x: Tensor, entry: Tensor, place: Place) -> Tensor:
         """The exit state alone, at the least cost: no output, no MLP."""
-        x = self.attention_norm(x) if self.norm == "pre" else x
-        state: Tensor = self.attention.exit_state(x, entry, place)
+        state: Tensor = self.attention.exit_state(self.attention_input(x), entry, place)
         return state
 
 
@@ -189,7 +195,7 @@ class LanguageModel(nn.Module):
             documents: borders inside the rows; None for one document a row.
             dropout: masks of this optimiser step.
         """
-        x, place = self._embed(tokens, start, documents, dropout)
+        x, place = self.embedded(tokens, start, documents, dropout)
         entries: States = []
         exits: States = []
         for block, state in zip(self._blocks(), states, strict=True):
@@ -209,7 +215,7 @@ class LanguageModel(nn.Module):
     ) -> States:
         """Exit states of a chunk from its entry states, at the least cost: the last layer computes keys and values
         only."""
-        x, place = self._embed(tokens, start, documents, dropout)
+        x, place = self.embedded(tokens, start, documents, dropout)
         *blocks, last = self._blocks()
         exits: States = []
         for block, state in zip(blocks, states, strict=False):
@@ -236,7 +242,9 @@ class LanguageModel(nn.Module):
     def _blocks(self) -> Sequence[Block]:
         return list(self.blocks)  # type: ignore[arg-type]
 
-    def _embed(self, tokens: Tensor, start: int, documents: Documents | None, dropout: Dropout) -> tuple[Tensor, Place]:
+    def embedded(
+        self, tokens: Tensor, start: int, documents: Documents | None, dropout: Dropout
+    ) -> tuple[Tensor, Place]:
         """Token embeddings with their positions, (B, C, D), and what the layers need to know."""
         config = self.config
         starts, in_documents = (None, None) if documents is None else documents

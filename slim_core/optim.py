@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,9 +46,12 @@ class Adafactor(torch.optim.Adafactor):
             group["weight_decay"] /= factor  # torch decays by lr * weight_decay
 
 
-def make_optimizer(model: LanguageModel, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The configured optimiser of all parameters that are not frozen, in the form that needs least memory beside its
-    state: AdamW and SGD fused, in place; Adafactor one parameter at a time, with one temporary of the largest.
+def make_optimizer(
+    model: LanguageModel, config: OptimizerConfig, trained: Sequence[nn.Parameter] | None = None
+) -> torch.optim.Optimizer:
+    """The configured optimiser of all parameters that are not frozen, or of those that are `trained`, in the form that
+    needs least memory beside its state: AdamW and SGD fused, in place; Adafactor one parameter at a time, with one
+    temporary of the largest.
 
     Weights decay by rate * weight_decay apart from the gradient (AdamW, Adafactor); SGD's decay is part of the
     gradient and so of the momentum. It concerns matrices only.
@@ -56,7 +60,8 @@ def make_optimizer(model: LanguageModel, config: OptimizerConfig) -> torch.optim
     would lie between activations, in whose gaps the heap could never shrink again. Keep them with
     `zero_grad(set_to_none=False)`.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if trained is None:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     decays = [parameter.dim() == 2 and id(parameter) not in embeddings for parameter in trained]
     groups = [
@@ -65,7 +70,8 @@ def make_optimizer(model: LanguageModel, config: OptimizerConfig) -> torch.optim
     ]
     optimizer = _make(groups, config)
     for parameter in model.parameters():
-        parameter.grad = None  # of an earlier run's, where it is frozen now
+        if not parameter.requires_grad:
+            parameter.grad = None  # of an earlier run's
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
         if state := _initial_state(parameter, config):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -17,18 +18,22 @@ from slim_core.config import TrainConfig
 from slim_core.data.dataset import Windows
 from slim_core.data.tokens import DatasetError
 from slim_core.layers.dropout import Dropout
+from slim_core.matching import Matcher
 from slim_core.memory import MemoryMeter
 from slim_core.model import LanguageModel
-from slim_core.optim import learning_rate, make_optimizer
+from slim_core.optim import learning_rate, make_optimizer, set_step
 from slim_core.origin import NO_ORIGIN, Curves, Origin, model_card
 from slim_core.planning.plan import Plan
 from slim_core.step import evaluate_loss, slim_step
-from slim_core.weights.checkpoint import checkpoint_name, load_training, save_checkpoint
+from slim_core.weights.checkpoint import checkpoint_name, load_progress, load_training, save_checkpoint
 from slim_core.weights.files import CheckpointFile
 from slim_core.weights.lora import add_adapters
 
 CHECKPOINT_SECONDS = 300.0
-"""Time between checkpoints of a run that names no number of steps: what a crash may cost it."""
+"""Time between checkpoints of a run that names no number of steps, and of the phase of matching: what a crash may cost
+it."""
+MATCHING_REPORTS = 20
+"""Of the phase, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,20 @@ class StepMetrics:
     """Trained on so far, repetitions, padding and what has no loss included."""
     peak_bytes: int
     """Of the process, so far in this attempt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Matching:
+    """Some updates of the phase before the first step (`slim_core.matching`)."""
+
+    step: int
+    """Of the phase, counted from 1."""
+    of: int
+    relative_error: float
+    """Of attention's outputs, mean over the updates since the last report."""
+    step_seconds: float
+    """Likewise."""
+    peak_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +105,7 @@ class Done:
     reason: str
 
 
-Report = StepMetrics | Evaluation | Checkpoint | Done
+Report = Matching | StepMetrics | Evaluation | Checkpoint | Done
 
 
 class DivergedError(ArithmeticError):
@@ -106,6 +125,8 @@ class _Progress:
     """What a checkpoint holds beside weights and moments. Data order and learning rate follow from `step`."""
 
     step: int = 0
+    matched: int = 0
+    """Updates of the phase of matching; a checkpoint from within it has that phase's moments."""
     best_validation_loss: float | None = None
     evaluations_without_improvement: int = 0
     curves: Curves = field(default_factory=Curves)
@@ -146,7 +167,9 @@ class TrainingRun:
         self._optimizer = make_optimizer(model, config.optimizer)
         meter.keep_within(plan.predicted_peak_bytes)
         self._progress = _Progress()
-        self._saved_step: int | None = None
+        self._saved: tuple[int, int] | None = None
+        """Step and updates of matching that the newest checkpoint has."""
+        self._matcher: Matcher | None = None
         self._saved_at = time.monotonic()
         self._validation_loss: float | None = None
         """Of the weights as they are now; None when not evaluated."""
@@ -158,9 +181,14 @@ class TrainingRun:
 
     def resume(self, folder: Path) -> None:
         """Continue from a checkpoint, bit for bit under the same plan, thread count and torch version."""
-        training: dict[str, Any] = load_training(self._model, self._optimizer, folder)
+        matched = int(load_progress(folder).get("matched", 0))
+        within_matching = self._config.matching is not None and matched < self._config.matching.steps
+        optimizer = self._matching().optimizer if within_matching else self._optimizer
+        training: dict[str, Any] = load_training(self._model, optimizer, folder)
+        if within_matching:
+            set_step(optimizer, matched)
         self._progress = _Progress(**{**training, "curves": Curves(**training.get("curves", {}))})
-        self._saved_step = self._progress.step
+        self._saved = (self._progress.step, self._progress.matched)
 
     def probe(self) -> int:
         """Peak in bytes after the next step's first micro-batch, whose gradient is thrown away.
@@ -200,9 +228,14 @@ class TrainingRun:
         """Train to the end and say what happens. Raises DivergedError, and what the allocator raises at the cap."""
         config = self._config
         reason = "completed"
-        if self._validation is not None and self._progress == _Progress():
-            yield self._evaluate(self._validation)[0]  # what the weights know before the first step
-        while self._progress.step < config.steps and not self._patience_is_over():
+        try:
+            yield from self._match()
+        except _StopRequestedError:
+            reason = "stopped"
+        else:
+            if self._validation is not None and self._progress.step == 0 and not self._progress.curves.validation:
+                yield self._evaluate(self._validation)[0]  # what the weights know before the first step
+        while reason == "completed" and self._progress.step < config.steps and not self._patience_is_over():
             try:
                 yield self._train_step()
             except _StopRequestedError:
@@ -219,9 +252,39 @@ class TrainingRun:
                 yield self._save()
         if reason == "completed" and self._progress.step < config.steps:
             reason = "early_stopping"
-        if self._saved_step != self._progress.step:
+        if self._saved != (self._progress.step, self._progress.matched):
             yield self._save()
         yield Done(self._progress.step, reason)
+
+    def _match(self) -> Iterator[Report]:
+        """What is left of the phase of matching, if the run has one; fine-tuning then starts from a checkpoint with
+        moments of its own. Raises DivergedError, _StopRequestedError."""
+        config, progress = self._config.matching, self._progress
+        if config is None or progress.matched == config.steps:
+            return
+        matcher = self._matching()
+        self._model.redraw_features(0)
+        every = -(-config.steps // MATCHING_REPORTS)
+        errors: list[float] = []
+        started = time.perf_counter()
+        while progress.matched < config.steps:
+            errors.append(matcher.step(progress.matched, self._data, self._stop_between_chunks).relative_error)
+            if not math.isfinite(errors[-1]):
+                raise DivergedError(0, "the error of matching before")
+            progress.matched += 1
+            if progress.matched % every == 0 or progress.matched == config.steps:
+                error, seconds = statistics.fmean(errors), (time.perf_counter() - started) / len(errors)
+                yield Matching(progress.matched, config.steps, error, seconds, self._meter.peak_bytes())
+                errors, started = [], time.perf_counter()
+            if progress.matched < config.steps and time.monotonic() - self._saved_at >= CHECKPOINT_SECONDS:
+                yield self._save()
+        self._matcher = None
+        del matcher  # its moments, before anything else needs room
+        yield self._save()
+
+    def _matching(self) -> Matcher:
+        self._matcher = self._matcher or Matcher(self._model, self._config)
+        return self._matcher
 
     def _train_step(self) -> StepMetrics:
         started = time.perf_counter()
@@ -352,12 +415,12 @@ class TrainingRun:
             self._checkpoints_dir,
             training.pop("step"),
             self._model,
-            self._optimizer,
+            self._optimizer if self._matcher is None else self._matcher.optimizer,
             training,
             source=self._origin.source,
             card=card,
         )
-        self._saved_step = progress.step
+        self._saved = (progress.step, progress.matched)
         self._saved_at = time.monotonic()
         return Checkpoint(progress.step, checkpoint_name(progress.step), files, self._validation_loss)
 

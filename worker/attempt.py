@@ -23,7 +23,7 @@ from worker.environment import trainer_environment
 from worker.lease import LeaseLostError, Watchdog
 from worker.ledger import RETRY_SECONDS, Event, Ledger
 from worker.memory_watch import MemoryWatch
-from worker.messages import Data, Device, Done, Failure, ProtocolError, Started, parse
+from worker.messages import Data, Device, Done, Failure, Matching, ProtocolError, Started, parse
 from worker.outcome import MEMORY_CODE, Ending
 from worker.process import TrainerProcess, tail
 from worker.resume import damage, strays
@@ -203,6 +203,8 @@ class Attempt:
                 self._ledger.add(Event("data", asdict(data)))
             case Started(step):
                 self._ledger.add(Event("training", {"step": step}))
+            case Matching() as matching:
+                self._ledger.add(Event("matching", asdict(matching)))
             case Done() as done:
                 self._done = done
             case Failure() as failure:

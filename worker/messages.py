@@ -78,6 +78,18 @@ class Metric:
 
 
 @dataclass(frozen=True, slots=True)
+class Matching:
+    """Updates of the phase before the first step, `step` of `of` of them done."""
+
+    step: int
+    of: int
+    relative_error: float
+    """Of attention's outputs, squared, mean over the updates since the last message."""
+    step_seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
     """A validation loss after `step`, 0 for the weights that training starts from."""
 
@@ -113,7 +125,9 @@ class Failure:
     peak_bytes: int | None
 
 
-Message = Device | Data | Started | Probed | Metric | Evaluation | Checkpoint | GradientCheck | Done | Failure
+Message = (
+    Device | Data | Started | Probed | Matching | Metric | Evaluation | Checkpoint | GradientCheck | Done | Failure
+)
 
 
 def parse(line: bytes) -> Message:
@@ -154,6 +168,16 @@ def _counts(value: Any) -> dict[str, int]:
 def _data(fields: dict[str, Any]) -> Data:
     validation = fields.get("validation")
     return Data(_counts(fields["training"]), None if validation is None else _counts(validation))
+
+
+def _matching(fields: dict[str, Any]) -> Matching:
+    return Matching(
+        step=_integer(fields["step"]),
+        of=_integer(fields["of"]),
+        relative_error=_number(fields["relative_error"]),
+        step_seconds=_number(fields["step_seconds"]),
+        peak_bytes=_integer(fields["peak_bytes"]),
+    )
 
 
 def _metric(fields: dict[str, Any]) -> Metric:
@@ -207,6 +231,7 @@ _PARSERS: dict[str, Callable[[dict[str, Any]], Message]] = {
         relative_error=_number(fields["relative_error"]),
         peak_bytes=_integer(fields["peak_bytes"]),
     ),
+    "matching": _matching,
     "metric": _metric,
     "evaluation": lambda fields: Evaluation(_integer(fields["step"]), _number(fields["loss"])),
     "checkpoint": _checkpoint,

@@ -23,14 +23,20 @@ from slim_core.memory import MemoryMeter, is_out_of_memory, make_meter, pick_dev
 from slim_core.model import LanguageModel
 from slim_core.origin import Names, Origin
 from slim_core.planning import Plan
-from slim_core.train import Checkpoint, DivergedError, Done, Evaluation, StepMetrics, TrainingRun
+from slim_core.train import Checkpoint, DivergedError, Done, Evaluation, Matching, StepMetrics, TrainingRun
 from slim_core.weights.checkpoint import CheckpointError, load_weights
 from slim_core.weights.folder import ModelFolderError
 from slim_core.weights.source import ModelSource
 from worker.memory_watch import READING_EXCESS_BYTES
 from worker.report import EXIT_DONE, EXIT_ERROR, EXIT_MEMORY, EXIT_STOPPED, Reporter
 
-_MESSAGE_TYPES = {StepMetrics: "metric", Evaluation: "evaluation", Checkpoint: "checkpoint", Done: "done"}
+_MESSAGE_TYPES = {
+    Matching: "matching",
+    StepMetrics: "metric",
+    Evaluation: "evaluation",
+    Checkpoint: "checkpoint",
+    Done: "done",
+}
 
 
 class MemoryCapExceededError(MemoryError):

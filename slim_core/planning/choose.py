@@ -21,7 +21,8 @@ from slim_core.planning.schedules import (
     small_schedules,
     whole_sequences,
 )
-from slim_core.planning.shapes import check_adapters
+from slim_core.planning.shapes import check_adapters, check_matching
+from slim_core.planning.time_model import step_seconds
 
 _SHORTLIST = 6
 """The schedules of least memory, of which one is still that when the workload is changed a little."""
@@ -63,13 +64,16 @@ def plan_job(
 
     Raises:
         MemoryCapInfeasibleError: nothing fits; carries the smallest cap and the longest sequence that would.
-        ValueError: `chunking` is not possible for this sequence or this attention, or adapters for this model.
+        ValueError: `chunking` is not possible for this sequence or this attention, adapters for this model, or matching
+            for both.
     """
     train = workload.train
     if chunking is not None:
         check_chunking(workload, chunking)
     if train.lora is not None:
         check_adapters(workload.model, train.lora)
+    check_matching(workload.model, train)
+    matching_seconds = _matching_seconds(workload, calibration)
     candidates = [
         candidate(workload, schedule, calibration) for schedule in schedules(workload, chunking, max_positions)
     ]
@@ -93,7 +97,7 @@ def plan_job(
         predicted_peak_bytes=chosen.peak_bytes,
         breakdown=chosen.breakdown,
         predicted_step_seconds=chosen.step_seconds,
-        predicted_total_seconds=chosen.step_seconds * train.steps,
+        predicted_total_seconds=chosen.step_seconds * train.steps + matching_seconds,
         unchunked_peak_bytes=unchunked.peak_bytes,
         minimum_cap_bytes=smallest.peak_bytes,
         max_sequence_length=longest_sequence(workload, memory_cap_bytes, calibration, chunking),
@@ -104,6 +108,17 @@ def plan_job(
         frontier=tuple(_frontier(candidates)),
         calibration_version=calibration.version,
     )
+
+
+def _matching_seconds(workload: Workload, calibration: Calibration) -> float:
+    """Of the phase before the first step, roughly and rather too much: an update as a step over one sequence of its
+    length. It has a second attention forward, but no head, and no MLP backward."""
+    train = workload.train
+    if train.matching is None:
+        return 0.0
+    like = replace(train, sequence_length=train.matching_length, batch_size=1)
+    schedule = Schedule(train.matching_length, "keep", 1)
+    return train.matching.steps * step_seconds(replace(workload, train=like), schedule, calibration)
 
 
 def check_chunking(workload: Workload, chunking: Chunking) -> None:

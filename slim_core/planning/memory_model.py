@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from slim_core.config import ModelConfig, TrainConfig
+from slim_core.planning.matching import adapter_moments, layer_bytes
 from slim_core.planning.plan import Calibration, MemoryBreakdown, StatePolicy, Workload
 from slim_core.planning.shapes import (
     is_trained,
@@ -98,6 +99,8 @@ def predict_peak(workload: Workload, schedule: Schedule, calibration: Calibratio
     in_backward = saved + max(at_head, in_layer) + _cast_bytes(model, train)
     outside = max(update_bytes(model, train), _SAVING_BYTES, before_tokens) - states
     workspace = max(in_backward, outside) - saved - logits + tokens + _kernel_bytes(model, train)
+    if train.matching is not None:
+        workspace = max(workspace, matching_bytes(model, train, calibration.threads) - states - saved - logits)
     return MemoryBreakdown(
         runtime=calibration.runtime_bytes,
         parameters=FLOAT * (frozen + trained + projection_size(model)),
@@ -109,6 +112,13 @@ def predict_peak(workload: Workload, schedule: Schedule, calibration: Calibratio
         workspace=workspace,
         safety=_SAFETY_BYTES + holes + int(_SAFETY_FRACTION * (states + saved + logits + workspace)),
     )
+
+
+def matching_bytes(model: ModelConfig, train: TrainConfig, threads: int) -> int:
+    """Of the phase of matching, in place of all that a step holds beside weights, gradients and optimiser."""
+    length = train.matching_length
+    buffers = product_bytes(length, model.model_width, model.mlp_in_width, threads)
+    return adapter_moments(model, train) + layer_bytes(model, train, length) + buffers + sum(_token_bytes(train, 1))
 
 
 class _Chunk(NamedTuple):

@@ -31,6 +31,22 @@ def check_adapters(model: ModelConfig, lora: LoraConfig) -> None:
             raise ValueError(f"targets: no linear layer {target!r} in this model; it has {', '.join(known)}")
 
 
+def check_matching(model: ModelConfig, train: TrainConfig) -> None:
+    """Raises ValueError where a phase of matching is not possible: the teacher's weights are the frozen ones, so what
+    is trained must be beside them, and it must be able to change which keys a query finds."""
+    if train.matching is None:
+        return
+    if model.attention != "performer" or model.feature_map != "favor":
+        raise ValueError("matching: is for FAVOR+ attention in place of softmax attention")
+    if train.lora is None:
+        raise ValueError(
+            "matching: needs method lora: the frozen weights are the teacher's; if they were trained, a second copy of "
+            "all of them would have to be kept"
+        )
+    if not is_trained(train, "query", "key_value"):
+        raise ValueError("matching: needs adapters on query or key_value (method.targets)")
+
+
 def num_trained(model: ModelConfig, train: TrainConfig) -> int:
     """Numbers that have a gradient: all of the model's, or its adapters'."""
     if train.lora is None:

@@ -30,7 +30,7 @@ def saved_sites(model: ModelConfig, train: TrainConfig) -> list[Site]:
     """What autograd saves of a chunk between forward and backward of the layers. The input of a matrix product is saved
     for the gradient of its weights, where they are trained."""
     d, number = model.model_width, number_bytes(train)
-    attention, mlp = _saved_by_attention(model, train), saved_by_mlp(model, train)
+    attention, mlp = saved_by_attention(model, train), saved_by_mlp(model, train)
     sites = [(count * model.num_layers, width) for count, width in (*attention, *mlp)]
     if train.lora is not None:  # below the first adapter nothing has a gradient but the states
         sites += [(-count, width) for count, width in _saved_below(model, train)]
@@ -80,7 +80,7 @@ def _saved_by_norm(model: ModelConfig, train: TrainConfig) -> list[Site]:
     return [(1, model.model_width * number_bytes(train)), (1 if model.norm_type == "rms" else 2, FLOAT)]
 
 
-def _saved_by_attention(model: ModelConfig, train: TrainConfig) -> list[Site]:
+def saved_by_attention(model: ModelConfig, train: TrainConfig) -> list[Site]:
     """Of one layer, with the norm and the residual sum, but not in blocks."""
     d, number = model.model_width, number_bytes(train)
     if model.attention == "softmax":

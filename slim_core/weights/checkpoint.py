@@ -150,14 +150,19 @@ def load_weights(model: LanguageModel, folder: Path) -> None:
 def load_training(model: LanguageModel, optimizer: torch.optim.Optimizer, folder: Path) -> dict[str, Any]:
     """Copy weights and the optimiser's state of a checkpoint folder; returns what `training.json` holds."""
     load_weights(model, folder)
-    try:
-        training: dict[str, Any] = json.loads((folder / "training.json").read_text())
-        step = int(training["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"training.json: {error}") from error
-    set_step(optimizer, step)
+    training = load_progress(folder)
+    set_step(optimizer, training["step"])
     _fill(optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")
     return training
+
+
+def load_progress(folder: Path) -> dict[str, Any]:
+    """What `training.json` holds: the step, and what the loop needs beside it. Raises CheckpointError."""
+    try:
+        training: dict[str, Any] = json.loads((folder / "training.json").read_text())
+        return {**training, "step": int(training["step"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"training.json: {error}") from error
 
 
 def verify_checkpoint(folder: Path) -> None:

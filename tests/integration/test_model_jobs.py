@@ -133,6 +133,31 @@ def test_performer_takes_the_weights_along(client: TestClient, stage: Stage) -> 
     assert (refused.status_code, refused.json()["errors"][0]["field"]) == (422, "attention")
 
 
+def test_performer_learns_what_softmax_attention_gave_before_the_first_step(client: TestClient, stage: Stage) -> None:
+    model, dataset = upload(client, llama()), a_dataset(client)
+    matching = {"steps": 4, "learning_rate": 0.01, "sequence_length": 32}
+    method = {"type": "lora", "rank": 4, "alpha": 8.0, "targets": ["query", "key_value"]}
+    changes = {"attention": "performer", "method": method, "matching": matching}
+    job = run(client, stage, model=model, dataset=dataset, **changes)
+    assert job["matching"] == matching
+    events = client.get(f"/jobs/{job['id']}/events").json()["data"]
+    reports = [event["data"] for event in events if event["type"] == "matching"]
+    assert [(report["step"], report["of"]) for report in reports] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert all(report["relative_error"] > 0 for report in reports)
+    kinds = [event["type"] for event in events]
+    assert kinds.index("training") < kinds.index("matching") < kinds.index("checkpoint") < kinds.index("evaluation")
+
+    body = JOB | {"model": model, "dataset": dataset} | changes
+    for field, changed in {
+        "matching": {"attention": None},
+        "method": {"method": {"type": "full"}},
+        "method.targets": {"method": method | {"targets": ["mlp_in"]}},
+        "matching.steps": {"matching": {"steps": 0}},
+    }.items():
+        answer = client.post("/jobs", json=body | changed)
+        assert (answer.status_code, answer.json()["errors"][0]["field"]) == (422, field), answer.text
+
+
 def test_what_a_model_does_not_allow_is_named(client: TestClient, stage: Stage) -> None:
     dataset = a_dataset(client)
     model = upload(client, llama())

@@ -15,6 +15,7 @@ from worker.messages import (
     Evaluation,
     Failure,
     GradientCheck,
+    Matching,
     Metric,
     Probed,
     ProtocolError,
@@ -26,6 +27,7 @@ METRIC = {
     "type": "metric", "step": 3, "loss": 2.5, "learning_rate": 1e-3, "grad_norm": 1, "step_seconds": 0.1, "tokens": 192,
     "peak_bytes": 1_000,
 }  # fmt: skip
+MATCHING = {"type": "matching", "step": 4, "of": 20, "relative_error": 0.3, "step_seconds": 0.1, "peak_bytes": 5}
 FILE = {"name": "model.safetensors", "bytes": 4, "sha256": "0" * 64}
 FAILURE = {"type": "error", "code": "diverged", "message": "m", "step": 2, "peak_bytes": None}
 CHECKPOINT = {"type": "checkpoint", "step": 40, "name": "step-00000040", "files": [FILE], "validation_loss": None}
@@ -37,6 +39,7 @@ def line(message: dict[str, Any], **changes: Any) -> bytes:
 
 def test_every_kind_is_read() -> None:
     assert parse(b'{"type": "started", "step": 0}') == Started(0)
+    assert parse(line(MATCHING)) == Matching(4, 20, 0.3, 0.1, 5)
     assert parse(line(METRIC)) == Metric(3, 2.5, 1e-3, 1.0, 0.1, 192, 1_000)
     assert parse(b'{"type": "evaluation", "step": 3, "loss": 2}') == Evaluation(3, 2.0)
     assert parse(line(CHECKPOINT)) == Checkpoint(40, "step-00000040", [FILE], None)
@@ -70,6 +73,7 @@ def test_a_loss_that_is_not_finite_is_none() -> None:
         b'{"type": "data", "training": {}, "validation": null}',
         b'{"type": "data", "training": {"windows": -1}, "validation": null}',
         b'{"type": "data", "training": {"windows": 1}, "validation": 7}',
+        line(MATCHING, relative_error=None),
         line(METRIC, step=-1),
         line(METRIC, step=2**63),
         line(METRIC, step=True),
