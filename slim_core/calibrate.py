@@ -293,8 +293,8 @@ class _Bench:
         )
 
     def _softmax(self, head_width: int) -> Passes:
-        """A block of scores: from chunks that have one block of keys before them, and that have some more. The largest is
-        taken to run at the rate of the one before it."""
+        """A block of scores: from chunks that have one block of keys before them, and that have some more. The largest
+        is taken to run at the rate of the one before it."""
         each: list[list[float]] = []
         for size in SIZES[:-1]:
             queries = min(SCORE_QUERIES, max(1, size // MOST_SCORE_KEYS))
