@@ -53,7 +53,7 @@ _REPETITIONS = 4
 _LONG_SECONDS = 0.03
 """A measurement that has taken this long has fewer repetitions."""
 _EPSILON = 1e-6
-_BLOCKS = 4
+_BLOCKS = 2
 """Of scores, in the chunks whose softmax attention is measured."""
 
 
@@ -293,14 +293,16 @@ class _Bench:
         )
 
     def _softmax(self, head_width: int) -> Passes:
-        """A block of scores: from chunks that have one block of keys before them, and that have some more."""
-        each = []
-        for size in SIZES:
+        """A block of scores: from chunks that have one block of keys before them, and that have some more. The largest
+        is taken to run at the rate of the one before it."""
+        each: list[list[float]] = []
+        for size in SIZES[:-1]:
             queries = min(SCORE_QUERIES, max(1, size // MOST_SCORE_KEYS))
             _, keys = score_block(queries)
             heads = size // (queries * keys)
             few, many = (self._prefix_seconds(heads, queries, head_width, blocks * keys) for blocks in (1, 1 + _BLOCKS))
             each.append([max(0.0, more - less) / _BLOCKS for less, more in zip(few, many, strict=True)])
+        each.append([seconds * SIZES[-1] / SIZES[-2] for seconds in each[-1]])
         return Passes(tuple(forward for forward, _ in each), tuple(backward for _, backward in each))
 
     def _prefix_seconds(self, heads: int, queries: int, head_width: int, start: int) -> tuple[float, float]:

@@ -309,6 +309,13 @@ def test_the_prediction_holds_for_softmax_attention(chunk_length: int, options: 
     assert 0.90 * predicted <= peak <= predicted
 
 
+@pytest.mark.slow
+def test_the_graph_of_many_layers_is_counted(text: Path) -> None:
+    deep = replace(TINY_LLAMA, num_layers=40, model_width=256, num_heads=4, vocab_size=500)
+    peak, predicted = measured(deep, training(256, 1, lora=LORA), Chunking(128), text)
+    assert 0.90 * predicted <= peak <= predicted
+
+
 def test_blocks_of_scores_are_those_of_the_layer() -> None:
     assert (SCORE_QUERIES, SCORE_KEYS, MOST_SCORE_KEYS) == (softmax.QUERIES, softmax.KEYS, softmax.MOST_KEYS)
     for length in (1, 16, 100, 128, 5000):
