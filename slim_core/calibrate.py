@@ -47,6 +47,8 @@ _CHAIN_WEIGHTS = 1 << 23
 _LONGEST_CHAIN = 32
 """Calls are timed in a chain, on tensors of their own, so many numbers together at most: as a step passes through its
 layers, whose weights are not in the caches any more when the next chunk comes."""
+_CHAIN_SECONDS = 0.1
+"""No more calls than take so long: bfloat16 without instructions for it takes fifty times as long as float32."""
 _LARGEST_PRODUCT = 1 << 29
 """Multiplications of the largest product measured; larger ones run at its rate."""
 _REPETITIONS = 4
@@ -200,7 +202,11 @@ class _Bench:
         self, function: Callable[..., Tensor], make: Callable[[], list[Tensor]], calls: int, *, backward: bool = True
     ) -> tuple[float, float]:
         """Seconds of a call without a graph, and what a call with one and its backward pass take beyond that."""
-        chain = [make() for _ in range(max(2, min(_LONGEST_CHAIN, calls)))]
+        first = make()
+        with torch.no_grad():
+            seconds = _seconds(lambda: function(*first), self._device, repetitions=1)
+        calls = min(calls, _LONGEST_CHAIN, int(_CHAIN_SECONDS / seconds))
+        chain = [first, *(make() for _ in range(max(2, calls) - 1))]
 
         def without_graph() -> None:
             with torch.no_grad():

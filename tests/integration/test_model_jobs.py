@@ -148,12 +148,13 @@ def test_performer_learns_what_softmax_attention_gave_before_the_first_step(clie
     assert kinds.index("training") < kinds.index("matching") < kinds.index("checkpoint") < kinds.index("evaluation")
 
     body = JOB | {"model": model, "dataset": dataset} | changes
-    for field, changed in {
+    changes_by_field: dict[str, dict[str, Any]] = {
         "matching": {"attention": None},
         "method": {"method": {"type": "full"}},
         "method.targets": {"method": method | {"targets": ["mlp_in"]}},
         "matching.steps": {"matching": {"steps": 0}},
-    }.items():
+    }
+    for field, changed in changes_by_field.items():
         answer = client.post("/jobs", json=body | changed)
         assert (answer.status_code, answer.json()["errors"][0]["field"]) == (422, field), answer.text
 
