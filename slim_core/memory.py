@@ -39,6 +39,10 @@ class MemoryMeter(Protocol):
     def peak_bytes(self) -> int:
         """The largest amount held at any time so far, all of the process included. Call at least once a step."""
 
+    def forget_files(self) -> None:
+        """Files were mapped and read since the last reading, whose pages it would take for the process's own: of what
+        was held until now only what is still held counts."""
+
     def enforce_cap(self, cap_bytes: int) -> None:
         """From now on allocations that would exceed the cap fail. Call after the warm-up."""
 
@@ -71,6 +75,11 @@ class CpuMeter:
         self._restart(status)
         self._limit_heap(status, _RESERVE_BYTES)
         return self._peak_bytes
+
+    def forget_files(self) -> None:
+        status = _status()
+        self._peak_bytes = max(self._peak_bytes, status["RssAnon"])
+        self._restart(status)
 
     def enforce_cap(self, cap_bytes: int) -> None:
         """RLIMIT_DATA counts reserved private memory, touched or not (thread stacks above all): the part that is
@@ -105,6 +114,9 @@ class CudaMeter:
 
     def peak_bytes(self) -> int:
         return self._context_bytes + torch.cuda.max_memory_reserved(self._device)
+
+    def forget_files(self) -> None:
+        """Nothing: files are never on the device."""
 
     def enforce_cap(self, cap_bytes: int) -> None:
         total = torch.cuda.get_device_properties(self._device).total_memory

@@ -96,6 +96,7 @@ def _load(
     run = TrainingRun(model, config, plan, data, validation, checkpoints_dir, meter, stop, _origin(spec))
     if spec["resume_from"] is not None:
         run.resume(Path(spec["resume_from"]))
+    meter.forget_files()  # what the data report has read of the tokens may be gigabytes
     return run
 
 

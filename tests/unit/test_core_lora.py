@@ -227,6 +227,9 @@ class _NoMeter:
     def peak_bytes(self) -> int:
         return 0
 
+    def forget_files(self) -> None:
+        raise NotImplementedError
+
     def enforce_cap(self, cap_bytes: int) -> None:
         raise NotImplementedError
 

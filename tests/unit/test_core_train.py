@@ -48,6 +48,9 @@ class NoMeter:
     def peak_bytes(self) -> int:
         return 123
 
+    def forget_files(self) -> None:
+        raise NotImplementedError
+
     def enforce_cap(self, cap_bytes: int) -> None:
         raise NotImplementedError
 
