@@ -190,14 +190,21 @@ class _Documents:
 
 @torch.no_grad()
 def evaluate_loss(
-    model: ChunkedModel, tokens: Tensor, targets: Tensor, *, chunk_length: int, document_starts: Tensor | None = None
+    model: ChunkedModel,
+    tokens: Tensor,
+    targets: Tensor,
+    *,
+    chunk_length: int,
+    document_starts: Tensor | None = None,
+    between_chunks: Callable[[], None] = lambda: None,
 ) -> float:
     """Sum of the cross-entropies of (B, T) tokens in nats, chunk by chunk; less memory than a training step at the
-    same C."""
+    same C. `between_chunks` may raise to give it up."""
     documents = _Documents(document_starts)
     states = model.initial_states(*tokens.shape)
     loss = 0.0
     for span in ChunkSpans(tokens.shape[1], chunk_length):
+        between_chunks()
         chunk = model.forward_chunk(tokens[:, span].long(), span.start, states, documents=documents.of(span))
         loss += model.loss(chunk.hidden, targets[:, span].long()).item()
         states = chunk.exit_states

@@ -226,35 +226,37 @@ class TrainingRun:
 
     def reports(self) -> Iterator[Report]:
         """Train to the end and say what happens. Raises DivergedError, and what the allocator raises at the cap."""
-        config = self._config
+        config, progress = self._config, self._progress
         reason = "completed"
         try:
             yield from self._match()
+            yield from self._evaluations()
+            while progress.step < config.steps and not self._patience_is_over():
+                yield self._train_step()
+                yield from self._evaluations()
+                if self._checkpoint_due() and self._saved != (progress.step, progress.matched):
+                    yield self._save()
         except _StopRequestedError:
             reason = "stopped"
-        else:
-            if self._validation is not None and self._progress.step == 0 and not self._progress.curves.validation:
-                yield self._evaluate(self._validation)[0]  # what the weights know before the first step
-        while reason == "completed" and self._progress.step < config.steps and not self._patience_is_over():
-            try:
-                yield self._train_step()
-            except _StopRequestedError:
-                reason = "stopped"
-                self._model.redraw_features(max(self._progress.step - 1, 0))  # those that the weights have seen
-                break
-            step = self._progress.step
-            last = step == config.steps
-            improved = False
-            if self._validation is not None and (last or _due(step, config.evaluate_every)):
-                evaluation, improved = self._evaluate(self._validation)
-                yield evaluation
-            if improved or self._checkpoint_due():
-                yield self._save()
+            self._model.redraw_features(max(progress.step - 1, 0))  # those that the weights have seen
         if reason == "completed" and self._progress.step < config.steps:
             reason = "early_stopping"
         if self._saved != (self._progress.step, self._progress.matched):
             yield self._save()
         yield Done(self._progress.step, reason)
+
+    def _evaluations(self) -> Iterator[Report]:
+        """The validation loss where it is due and not known: of the weights before the first step, every so many steps,
+        at the end; or after a resume from where a stop came between a step and its evaluation. The best so far is
+        saved. Raises DivergedError, _StopRequestedError."""
+        step, known = self._progress.step, self._progress.curves.validation
+        due = step in (0, self._config.steps) or _due(step, self._config.evaluate_every)
+        if self._validation is None or not due or (known and known[-1][0] == step):
+            return
+        evaluation, improved = self._evaluate(self._validation)
+        yield evaluation
+        if improved and step > 0:
+            yield self._save()
 
     def _match(self) -> Iterator[Report]:
         """What is left of the phase of matching, if the run has one; fine-tuning then starts from a checkpoint with
@@ -379,6 +381,7 @@ class TrainingRun:
                 batch.targets,
                 chunk_length=self._plan.chunk_length,
                 document_starts=batch.document_starts,
+                between_chunks=self._stop_between_chunks,
             )
             targets_seen += num_targets
         if not targets_seen:

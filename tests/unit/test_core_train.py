@@ -166,7 +166,7 @@ def test_steps_and_evaluations_of_documents_are_the_oracle_s(bench: Bench, packi
     windows = Windows(conversations(tmp_path / "documents"), T, 5, packing)
     bench.data = windows
     config = replace(CONFIG, packing=packing, steps=1, evaluate_every=1, evaluate_sequences=2)
-    metrics, evaluation, *_ = bench.run(config, validation=windows).reports()
+    _, metrics, evaluation, *_ = bench.run(config, validation=windows).reports()
     assert isinstance(metrics, StepMetrics)
     assert isinstance(evaluation, Evaluation)
     assert metrics.tokens == 3 * T
