@@ -48,7 +48,10 @@ _LONGEST_CHAIN = 32
 """Calls are timed in a chain, on tensors of their own, so many numbers together at most: as a step passes through its
 layers, whose weights are not in the caches any more when the next chunk comes."""
 _CHAIN_SECONDS = 0.1
-"""No more calls than take so long: bfloat16 without instructions for it takes fifty times as long as float32."""
+"""No more calls than take so long together."""
+_LONGEST_CALL_SECONDS = 0.05
+"""What takes longer is not measured at a larger size: there it has reached its rate. Without this bfloat16 alone would
+take minutes on a processor that has no instructions for it."""
 _LARGEST_PRODUCT = 1 << 29
 """Multiplications of the largest product measured; larger ones run at its rate."""
 _REPETITIONS = 4
@@ -192,10 +195,14 @@ class _Bench:
     def _curves(
         self, function: Callable[..., Tensor], make: Callable[[int], list[Tensor]], *, backward: bool = True
     ) -> Passes:
-        each = [
-            self._passes(function, lambda size=size: make(size), _CHAIN_NUMBERS // size, backward=backward)  # type: ignore[misc]
-            for size in SIZES
-        ]
+        each: list[tuple[float, float]] = []
+        for number, size in enumerate(SIZES):
+            larger = size / SIZES[number - 1]
+            if each and sum(each[-1]) * larger > _LONGEST_CALL_SECONDS:
+                each.append((each[-1][0] * larger, each[-1][1] * larger))
+            else:
+                calls = _CHAIN_NUMBERS // size
+                each.append(self._passes(function, functools.partial(make, size), calls, backward=backward))
         return Passes(tuple(forward for forward, _ in each), tuple(after for _, after in each))
 
     def _passes(
@@ -237,8 +244,9 @@ class _Bench:
         for number, rows in enumerate(PRODUCT_ROWS):
             each: list[tuple[float, float]] = []
             for column, width in enumerate(PRODUCT_WIDTHS):
-                if rows * width**2 > _LARGEST_PRODUCT:
-                    longer = rows / PRODUCT_ROWS[number - 1]
+                longer = rows / PRODUCT_ROWS[number - 1]
+                slow = forward and forward[-1][column] * longer > _LONGEST_CALL_SECONDS
+                if rows * width**2 > _LARGEST_PRODUCT or slow:
                     each.append((forward[-1][column] * longer, gradients[-1][column] * longer))
                 else:
                     each.append(self._product(rows, width))
