@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import signal
 import subprocess
 import sys
 import threading
@@ -11,11 +13,15 @@ from typing import Any
 
 from service.base_models import CheckedModel
 from service.errors import ModelInvalidError
-from slim_core.data.tokens import BROKEN_DATASET
+from slim_core.data.tokens import BROKEN_DATASET, NO_MEMORY_STATUSES
+
+logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_SECONDS = 120.0
-"""A tokenizer of 250,000 tokens takes some seconds, headers of a thousand layers less than one."""
+"""Of the clock; slim_core.weights.check_model has a limit of its own on what it computes."""
+_TOO_LONG = "The files take too long to be checked"
+_LOG_CHARACTERS = 2_000
 _turn = threading.BoundedSemaphore(2)
 """Checks at once: each may take `memory_bytes`, and others wait in their threads."""
 
@@ -37,10 +43,15 @@ def check_model(folder: Path, memory_bytes: int) -> CheckedModel:
                 timeout=TIMEOUT_SECONDS,
             )
     except subprocess.TimeoutExpired as error:
-        raise ModelInvalidError([{"reason": "The files take too long to be checked"}]) from error
+        raise ModelInvalidError([{"reason": _TOO_LONG}]) from error
     if done.returncode == 0:
         return CheckedModel(**json.loads(done.stdout))
     if done.returncode == BROKEN_DATASET:
         found: dict[str, Any] = json.loads(done.stderr.splitlines()[-2])
         raise ModelInvalidError(found["problems"])
-    raise ModelInvalidError([{"reason": "The files take more memory to be checked than they may"}])
+    if done.returncode in NO_MEMORY_STATUSES:
+        raise ModelInvalidError([{"reason": "The files take more memory to be checked than they may"}])
+    if done.returncode == -signal.SIGXCPU:
+        raise ModelInvalidError([{"reason": _TOO_LONG}])
+    logger.error("the check of a model ended with status %d: %s", done.returncode, done.stderr[-_LOG_CHARACTERS:])
+    raise RuntimeError(f"the check of a model ended with status {done.returncode}")

@@ -9,18 +9,28 @@ by the preparer (preparations.py).
 
 from __future__ import annotations
 
+import ctypes
 import json
+import logging
+import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 MAX_TOKENIZER_BYTES = 64 * 1024**2
 MAX_CONFIG_BYTES = 1024**2
 MEMORY_BYTES = 1 << 30
 CPU_SECONDS = 20
 """A tokenizer of 250,000 tokens takes 1 s and 300 MB."""
+_NO_MEMORY = 3
+_LIMIT_STATUSES = frozenset({_NO_MEMORY, -signal.SIGXCPU})
+_LOG_BYTES = 2_000
+_PR_SET_PDEATHSIG = 1
 MODELS = ("BPE", "WordPiece", "WordLevel", "Unigram")
 
 
@@ -29,8 +39,12 @@ def problem_of(path: Path) -> str | None:
     command = [sys.executable, "-m", "service.tokenizer_files", str(path)]
     root = str(Path(__file__).resolve().parent.parent)
     done = subprocess.run(command, cwd=root, env={}, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    if done.returncode:
+    if done.returncode in _LIMIT_STATUSES:
         return "takes too much time or memory to be parsed"
+    if done.returncode:
+        output = done.stderr[-_LOG_BYTES:].decode("utf-8", "replace")
+        logger.error("the check of a tokenizer ended with status %d: %s", done.returncode, output)
+        raise RuntimeError(f"the check of a tokenizer ended with status {done.returncode}")
     reason: str | None = json.loads(done.stdout)
     return reason
 
@@ -78,13 +92,21 @@ def _shape_problem(value: dict[str, Any]) -> str | None:
     return None if isinstance(value.get("added_tokens", []), list) else 'has "added_tokens" that are not a list'
 
 
+def _die_with_parent() -> None:
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it ended before the call above
+        sys.exit(1)
+
+
 def main() -> int:
+    _die_with_parent()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
     try:
         print(json.dumps(_problem(Path(sys.argv[1]))))
     except MemoryError:
-        return 1
+        return _NO_MEMORY
     return 0
 
 

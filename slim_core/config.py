@@ -7,6 +7,7 @@ Symbols: D model width, H heads, K = D / H head width, M features per head, S la
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -64,11 +65,21 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f"{name}: must be an object")
         return hint.from_json(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return _finite(value, name)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ValueError(f"{name}: must be of type {hint.__name__}")
     return value
+
+
+def _finite(value: float, name: str) -> float:
+    """JSON has numbers that no float holds: Python reads 1e999 as infinity, and whole numbers of any size."""
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    _require(math.isfinite(number), name, "must be a finite number")
+    return number
 
 
 def _require(condition: bool, field_name: str, rule: str) -> None:

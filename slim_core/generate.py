@@ -99,8 +99,8 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
         raise ValueError("the model's predictions are not finite")
     if sampling.temperature == 0:
         return int(logits.argmax())
-    # From the largest down, so that a temperature close to 0 overflows nothing.
-    probabilities = ((logits - logits.max()) / sampling.temperature).softmax(-1)
+    # From the largest down, so that a temperature close to 0 overflows nothing; in float64, where it is not 0 itself.
+    probabilities = ((logits - logits.max()).double() / sampling.temperature).softmax(-1).float()
     if sampling.top_k is None and sampling.top_p == 1:
         return int(torch.multinomial(probabilities, 1, generator=generator))
     ordered, order = probabilities.sort(descending=True, stable=True)
@@ -124,15 +124,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     tokenizer = load_tokenizer(options.folder if (options.folder / "tokenizer.json").exists() else None)
+    prompt = tokenizer.encode(options.prompt)
     tokens = generate(
         load_model(options.folder),
-        tokenizer.encode(options.prompt),
+        prompt,
         max_tokens=options.tokens,
         end_of_document=tokenizer.end_of_document,
         vocab_size=tokenizer.vocab_size,
         sampling=Sampling(options.temperature, options.top_k, options.top_p, options.seed),
     )
-    stream = TextStream(tokenizer.decode)
+    stream = TextStream(tokenizer.decode, before=prompt)
     print(options.prompt, end="", flush=True)  # this is a command
     for token in tokens:
         print(stream.push(token), end="", flush=True)

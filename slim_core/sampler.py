@@ -11,7 +11,6 @@ that ends where a character does; `tokens`: how many so far), at the end `done` 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import resource
@@ -25,6 +24,7 @@ from typing import Any, BinaryIO
 
 from slim_core.data.chat import ASSISTANT, ChatTemplate, ChatTemplateError
 from slim_core.data.tokenizer import Tokenizer, load_tokenizer
+from slim_core.lifeline import die_with_parent
 from slim_core.sampler_memory import required_bytes
 from slim_core.text_stream import TextStream
 from slim_core.weights.folder import read_config
@@ -32,7 +32,6 @@ from slim_core.weights.folder import read_config
 MAX_PROMPT_TOKENS = 32_768
 NICENESS = 5
 """As trainers have it: the API, which others wait for, goes first."""
-_PR_SET_PDEATHSIG = 1
 
 Message = dict[str, Any]
 
@@ -47,10 +46,7 @@ class _RefusedError(Exception):
 
 def main() -> int:
     """Answer the request on stdin. The exit status says nothing that stdout does not."""
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it ended before the call above
-        return 1
+    die_with_parent()
     os.nice(NICENESS)
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no message
@@ -111,7 +107,7 @@ def _sample(folder: Path, request: Message, deadline: float) -> Iterator[Message
         deadline=deadline,
     )
     yield {"type": "started", "prompt_tokens": len(prompt)}
-    stream = TextStream(tokenizer.decode, stop)
+    stream = TextStream(tokenizer.decode, stop, before=prompt)
     count = 0
     while not stream.stopped:
         try:

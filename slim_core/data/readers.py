@@ -130,11 +130,14 @@ def _rows(source: Path, _problems: Problems, limit_bytes: int | None) -> Iterato
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except pa.ArrowInvalid as error:
-        raise DatasetError(f"is not a .parquet that can be read: {error}") from error
+    except (DatasetError, MemoryError):  # Arrow's own for memory is both its exception and Python's
+        raise
     except OSError as error:
         if error.errno is not None:
             raise
+        raise DatasetError(f"is not a .parquet that can be read: {error}") from error
+    except (pa.ArrowException, ValueError, NotImplementedError, OverflowError, LookupError) as error:
+        # Text that is not UTF-8, times that Python has no object for, kinds of column that cannot be read.
         raise DatasetError(f"is not a .parquet that can be read: {error}") from error
 
 

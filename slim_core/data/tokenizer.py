@@ -115,10 +115,11 @@ class FileTokenizer:
 
 
 def load_tokenizer(folder: Path | None) -> Tokenizer:
-    """Of a folder with tokenizer.json and, maybe, tokenizer_config.json and chat_template.jinja; None is bytes.
+    """Of a folder with tokenizer.json and, maybe, tokenizer_config.json, special_tokens_map.json and
+    chat_template.jinja; None is bytes.
 
-    A document ends with the config's eos_token, else with the first of <|endoftext|>, </s> and <|im_end|> that the
-    vocabulary has. Raises TokenizerError.
+    A document ends with the eos_token of the config or else of the map, else with the first of <|endoftext|>, </s> and
+    <|im_end|> that the vocabulary has. Raises TokenizerError.
     """
     return ByteTokenizer() if folder is None else FileTokenizer(folder)
 
@@ -143,16 +144,22 @@ def tokenizer_key(folder: Path | None) -> str:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
+    """tokenizer_config.json, with the special tokens of special_tokens_map.json that it does not name."""
+    config = _read_object(folder / "tokenizer_config.json")
+    return config | _special_tokens(_read_object(folder / "special_tokens_map.json")) | _special_tokens(config)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A file's, {} where there is none."""
     if not path.exists():
         return {}
     try:
-        config = json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"tokenizer_config.json: {error}") from error
-    if not isinstance(config, dict):
-        raise TokenizerError("tokenizer_config.json: is not an object")
-    return config
+        raise TokenizerError(f"{path.name}: {error}") from error
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path.name}: is not an object")
+    return value
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
@@ -171,7 +178,7 @@ def _end_of_document(vocabulary: dict[str, int], config: dict[str, Any]) -> int:
     wanted = _special_tokens(config).get("eos_token")
     if wanted is not None:
         if wanted not in vocabulary:
-            raise TokenizerError(f"tokenizer_config.json: eos_token {wanted!r} is not in the vocabulary")
+            raise TokenizerError(f"eos_token {wanted!r} is not in the vocabulary")
         return vocabulary[wanted]
     for token in _END_TOKENS:
         if token in vocabulary:

@@ -3,14 +3,15 @@
     python -m slim_core.weights.check_model --memory BYTES FOLDER      prints {"config", "layout", "tokenizer_key"}
 
 In a process of its own because files from a stranger may take any memory and time to be parsed; the exit statuses are
-those of slim_core/data/tokens.py. What is wrong is on stderr: {"problems": [{file, reason}]}, and below it one line
-of it for people. Free of torch.
+those of slim_core/data/tokens.py, and SIGXCPU ends it after CPU_SECONDS. What is wrong is on stderr: {"problems":
+[{file, reason}]}, and below it one line of it for people. Free of torch.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ from slim_core.data.check_tokenizer import check
 from slim_core.data.prepare import run_limited
 from slim_core.data.tokenizer import TokenizerError, load_tokenizer
 from slim_core.data.tokens import BROKEN_DATASET
+from slim_core.lifeline import die_with_parent
 from slim_core.weights.folder import ModelFolderError, check_folder
 
+CPU_SECONDS = 120
+"""A tokenizer of 250,000 tokens takes some seconds, headers of a thousand layers less than one."""
 MAX_REASON = 300
 """Characters: names in a file may have any length."""
 
@@ -59,11 +63,13 @@ def main() -> int:
     parser.add_argument("--memory", type=int, required=True, metavar="BYTES")
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     arguments = parser.parse_args()
+    die_with_parent()
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
     problems: list[str] = []
 
     def action() -> None:
         try:
-            sys.stdout.write(json.dumps(describe(arguments.folder)) + "\n")
+            sys.stdout.write(json.dumps(describe(arguments.folder), allow_nan=False) + "\n")
         except ModelFolderError as error:
             problems.extend(error.problems)
         except TokenizerError as error:

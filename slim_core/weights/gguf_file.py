@@ -8,6 +8,7 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 an
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 from collections.abc import Callable
@@ -21,7 +22,7 @@ _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MAX_TENSORS = 100_000
 _MAX_FIELDS = 10_000
-_MAX_DIMENSIONS = 4
+_MAX_DIMENSIONS = 2
 _MAX_NAME_BYTES = 65_535
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Of struct, by type of a value."""
@@ -158,6 +159,8 @@ def _placed(
             kind = GGMLQuantizationType(number)
         except ValueError as error:
             raise GgufError(f"{name!r} has the unknown type {number}") from error
+        if min(shape, default=1) < 1:
+            raise GgufError(f"{name!r} has shape {shape}: a dimension is not at least 1")
         block, block_bytes = GGML_QUANT_SIZES[kind]
         if not shape or shape[-1] % block:
             raise GgufError(f"{name!r} has shape {shape}: its rows are no whole blocks of {kind.name}")
@@ -165,4 +168,13 @@ def _placed(
         if start + offset + size > reader.size:
             raise GgufError(f"the file ends within {name!r}")
         tensors[name] = GgufTensor(name, kind, shape, start + offset, size)
+    _refuse_overlaps(tensors)
     return tensors
+
+
+def _refuse_overlaps(tensors: dict[str, GgufTensor]) -> None:
+    """Bytes that are in many tensors would make a large folder of a small file."""
+    ordered = sorted(tensors.values(), key=lambda tensor: tensor.offset)
+    for left, right in itertools.pairwise(ordered):
+        if left.offset + left.bytes > right.offset:
+            raise GgufError(f"{left.name!r} and {right.name!r} overlap")

@@ -10,6 +10,7 @@ pair whose union scores best is merged first.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -125,6 +126,8 @@ def _sentencepiece(
     scores = fields.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(vocabulary):
         raise GgufError("tokenizer.ggml.scores: not one score for each token")
+    if not all(isinstance(score, int | float) and not math.isnan(score) for score in scores):
+        raise GgufError("tokenizer.ggml.scores: not all are numbers")
     outside = (_UNKNOWN, _CONTROL, _BYTE)
     pieces = {token: number for token, number in vocabulary.items() if kinds[number] not in outside}
     merges: list[tuple[float, int, int, str, str]] = []

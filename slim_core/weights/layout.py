@@ -201,7 +201,8 @@ def _refuse_windows(data: dict[str, Any], model_type: str) -> None:
             used = "sliding_attention" in layers
         else:
             first = _optional(data, "max_window_layers", int, 28)
-            used = _optional(data, "use_sliding_window", bool, default=False) and first < data["num_hidden_layers"]
+            layers_in_all = _get(data, "num_hidden_layers", int)
+            used = _optional(data, "use_sliding_window", bool, default=False) and first < layers_in_all
         window = window if used else None
     longest = _optional(data, "max_position_embeddings", int, _MISTRAL_POSITIONS)
     if window is not None and not (isinstance(window, int) and window >= longest):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -113,3 +114,10 @@ def test_rotary_frequencies_of_llama_3_1() -> None:
     got = scaled(frequencies(64, 500_000.0, torch.device("cpu")), scaling)
     wanted = [1.0, 0.1939228, 0.03760603, 0.007292665, 0.0004295567, 8.570256e-06, 1.661967e-06, 3.222933e-07]
     torch.testing.assert_close(got[::4].tolist(), wanted, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "1" + "0" * 400])
+def test_a_number_that_no_float_holds_is_refused_by_name(number: str) -> None:
+    data = small_config().to_json()
+    with pytest.raises(ValueError, match="norm_epsilon: must be a finite number"):
+        ModelConfig.from_json({**data, "norm_epsilon": json.loads(number)})

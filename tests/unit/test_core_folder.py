@@ -95,6 +95,11 @@ def test_biases_are_those_that_each_architecture_has() -> None:
         (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5"),
         (MISTRAL, {"sliding_window": 32}, "sliding_window: 32 of 64 positions"),
         (QWEN2, {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}, "sliding_window: 32"),
+        (
+            {name: value for name, value in QWEN2.items() if name != "num_hidden_layers"},
+            {"use_sliding_window": True},
+            "num_hidden_layers: missing",
+        ),
         (QWEN2, {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}, "sliding_window: 8"),
         (GPT2, {"activation_function": "relu"}, "activation_function: 'relu'"),
         (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: only false"),

@@ -339,3 +339,33 @@ def test_the_program_says_why_not(tmp_path: Path) -> None:
         file.truncate(file.tell() + 300_000_000)
     assert run(200_000_000, source, tmp_path / "out").returncode == 3
     assert not (tmp_path / "out").exists()
+
+
+def _gguf(path: Path, *tensors: tuple[str, list[int], int]) -> Path:
+    """A header of float32 tensors (name, dimensions, offset), and 64 bytes behind it."""
+    data = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), 0)
+    for name, dimensions, offset in tensors:
+        data += struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", len(dimensions))
+        data += struct.pack(f"<{len(dimensions)}QIQ", *dimensions, 0, offset)
+    path.write_bytes(data + bytes(-len(data) % 32 + 64))
+    return path
+
+
+def test_tensors_have_bytes_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    assert len(read_gguf(_gguf(path, ("a", [4, 2], 0), ("b", [8], 32)), lambda _: True).tensors) == 2
+    for second, message in [
+        (("b", [8], 28), "'a' and 'b' overlap"),
+        (("b", [8, 0], 32), "a dimension is not at least 1"),
+        (("b", [0], 32), "a dimension is not at least 1"),
+        (("b", [2, 2, 2], 32), "3 dimensions; at most 2"),
+    ]:
+        with pytest.raises(GgufError, match=message):
+            read_gguf(_gguf(path, ("a", [4, 2], 0), second), lambda _: True)
+
+
+def test_scores_are_numbers() -> None:
+    fields = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": ["a", "b", "ab"]}
+    for score in ("1", [1.0], float("nan")):
+        with pytest.raises(GgufError, match="scores: not all are numbers"):
+            tokenizer_files({**fields, "tokenizer.ggml.scores": [0.0, 0.0, score]}, "llama")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import struct
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -238,3 +239,11 @@ def test_names_say_what_a_file_is() -> None:
     for name in ("data", "data.csv", "data.gz", "txt", "data.txt.bz2", ".gz", "data.gz.txt.zst.zst"):
         with pytest.raises(DatasetError, match=r"must end in \.txt, \.jsonl or \.parquet"):
             source_format(name)
+
+
+def test_a_column_that_python_has_no_objects_for(tmp_path: Path) -> None:
+    text = pa.StringArray.from_buffers(1, pa.py_buffer(struct.pack("<2i", 0, 1)), pa.py_buffer(b"\xff"))
+    for column in (text, pa.array([2**62], pa.timestamp("us"))):
+        parquet.write_table(pa.table({"text": column}), tmp_path / "data.parquet")
+        with pytest.raises(DatasetError, match=r"is not a \.parquet that can be read"):
+            read(tmp_path / "data.parquet")

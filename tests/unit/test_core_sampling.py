@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from slim_core.config import ModelConfig, OptimizerConfig
 from slim_core.data.tokenizer import ByteTokenizer
@@ -31,8 +31,13 @@ BYTES = ByteTokenizer()
 TEXT = "Grüße, 世界 👩‍👩‍👧 — naïve 🏳️‍🌈 ok"
 
 
-def shown(tokens: Iterable[int], decode: Callable[[Any], str] = BYTES.decode, stop: Iterable[str] = ()) -> list[str]:
-    stream = TextStream(decode, list(stop))
+def shown(
+    tokens: Iterable[int],
+    decode: Callable[[Any], str] = BYTES.decode,
+    stop: Iterable[str] = (),
+    before: Sequence[int] = (),
+) -> list[str]:
+    stream = TextStream(decode, list(stop), before)
     pieces = []
     for token in tokens:
         pieces.append(stream.push(token))
@@ -71,6 +76,38 @@ def test_a_byte_level_vocabulary_splits_characters_too() -> None:
     assert not any("\ufffd" in piece for piece in pieces)
 
 
+def sentencepiece() -> Tokenizer:
+    """Of one character a token, and bytes for the others, as Llama 2's."""
+    pieces = [f"<0x{byte:02X}>" for byte in range(256)] + list("\u2581aok.")
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+SENTENCEPIECE = sentencepiece()
+
+
+def test_byte_tokens_are_not_taken_for_text_before_they_are() -> None:
+    tokens = SENTENCEPIECE.encode("a😀😀a").ids[1:]
+    assert shown(tokens, SENTENCEPIECE.decode) == ["a", "", "", "", "😀", "", "", "", "😀", "a", ""]
+    broken = [*tokens[:5], tokens[1], tokens[0]]  # the library takes the whole run for broken
+    assert "".join(shown(broken, SENTENCEPIECE.decode)) == "a😀\ufffda"
+    assert "".join(shown(broken[:-1], SENTENCEPIECE.decode)) == "a😀\ufffd"
+    assert "".join(shown([tokens[1]] * 40, SENTENCEPIECE.decode)) == "\ufffd" * 40
+
+
+@given(st.text("a ok.é世😀", max_size=30), st.text("a ok.é世😀", max_size=30))
+def test_a_text_goes_on_where_its_prompt_ends(prompt: str, text: str) -> None:
+    before = SENTENCEPIECE.encode(prompt + "a").ids
+    tokens = SENTENCEPIECE.encode(prompt + "a" + text).ids[len(before) :]
+    pieces = shown(tokens, SENTENCEPIECE.decode, before=before)
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
 def test_nothing_of_a_stop_text_is_shown_and_no_more_is_held_than_could_begin_one() -> None:
     assert shown(b"one END", stop=["END"]) == ["o", "n", "e", " ", "", "", "", ""]
     assert shown(b"EEN.", stop=["END"]) == ["", "E", "", "EN.", ""]
@@ -84,6 +121,8 @@ LOGITS = torch.tensor([0.0, 3.0, 1.0, 2.0])
     [
         (Sampling(temperature=0), {1}),
         (Sampling(temperature=1e-30), {1}),
+        (Sampling(temperature=1e-300), {1}),
+        (Sampling(temperature=5e-324), {1}),
         (Sampling(temperature=5, top_k=2), {1, 3}),
         (Sampling(temperature=5, top_k=9), {0, 1, 2, 3}),
         (Sampling(temperature=1, top_p=1e-9), {1}),

@@ -270,3 +270,16 @@ def test_where_a_template_comes_from(folder: Path, tmp_path: Path) -> None:
         assert rendered == wanted[name]
     file = changed(folder, tmp_path / "file", {**EOS, "chat_template": "config"}, "{{ eos_token }}")
     assert load_tokenizer(file).chat_template.render(CONVERSATION) == "<|endoftext|>"
+
+
+def test_special_tokens_of_their_own_file_stand_in_for_those_of_the_config(folder: Path, tmp_path: Path) -> None:
+    out = changed(folder, tmp_path / "map", {"bos_token": "b"})
+    without = tokenizer_key(out)
+    (out / "special_tokens_map.json").write_text(json.dumps({"bos_token": "c", "eos_token": {"content": "a"}}))
+    tokenizer = load_tokenizer(out)
+    assert tokenizer.decode([tokenizer.end_of_document]) == "a"
+    assert tokenizer.id == tokenizer_key(changed(folder, tmp_path / "one", {"bos_token": "b", "eos_token": "a"}))
+    assert tokenizer.id != without
+    (out / "special_tokens_map.json").write_text("[]")
+    with pytest.raises(TokenizerError, match=r"special_tokens_map\.json: is not an object"):
+        load_tokenizer(out)
