@@ -21,7 +21,7 @@ from cli.embedded import EmbeddedServerError, EmbeddedServers
 from cli.processes import Child, spawn, tethered
 
 ROOT = Path(__file__).resolve().parent.parent
-READY_SECONDS = 180.0
+READY_SECONDS = 500.0
 """How long the service may take to be ready; the worker measures its machine first."""
 WORKER_STOP_SECONDS = 90.0
 """A running job finishes its step and writes a checkpoint before the worker stops."""

@@ -19,7 +19,7 @@ from worker.process import die_with_parent
 from worker.slot import device_id, whole_device
 
 CALIBRATE_COMMAND = (sys.executable, "-m", "slim_core.calibrate")
-TIMEOUT_SECONDS = 180.0
+TIMEOUT_SECONDS = 400.0
 NO_HEAP = (
     "trainers run without their heap of tensors (docs/decisions/0008-the-tensor-heap.md) and hold up to 4 % more than "
     "planned: install a C compiler, then slimtune again, in a path without spaces"

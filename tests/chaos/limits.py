@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from starlette.testclient import TestClient
@@ -13,20 +16,39 @@ from starlette.testclient import TestClient
 from api.app import create_app
 from benchmarks import caps
 from service.storage import Storage
+from slim_core.planning import Calibration, default_calibration
 from slim_core.weights.checkpoint import load_model
 from tests.chaos.arena import Arena
 from tests.chaos.fault import Fault
 from tests.chaos.storage import TEXT
 from tests.chaos.training import real_trainer
 from tests.integration.seed import add_dataset
-from worker.calibrator import measure
+from worker.environment import trainer_environment
 from worker.supervisor import supervise
 
 SMALL = caps.Specification("small", {"model": "performer-tiny", "sequence_length": 4_096})
 FEW_KINDS = (caps.UNDER, caps.MINIMUM, caps.WRONG)
 
 
-_calibration = functools.cache(measure)  # it takes a quarter of a minute
+@functools.cache
+def _calibration(threads: int) -> Calibration:
+    """The runtime's memory as it is here; nobody looks at the times, and to measure them takes a minute or more."""
+    command = [sys.executable, "-c", _RUNTIME.format(threads=threads)]
+    output = subprocess.run(
+        command, env=trainer_environment(threads), check=True, capture_output=True, text=True
+    ).stdout
+    return replace(default_calibration(), threads=threads, runtime_bytes=int(output))
+
+
+_RUNTIME = """
+import torch
+from slim_core.calibrate import warm_up
+from slim_core.memory import private_bytes
+torch.set_num_threads({threads})
+warm_up(torch.device("cpu"))
+print(private_bytes())
+"""
+
 
 # Weights grow ninety-fold with each step.
 EXPLOSIVE = {

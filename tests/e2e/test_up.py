@@ -93,7 +93,7 @@ def up(home: Path) -> Iterator[Running]:
             process.kill()  # its children die with it
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_is_ready_refuses_a_second_one_and_stops_everything_on_ctrl_c(home: Path) -> None:
     with up(home) as running:
         with Client(running.url) as client:
@@ -112,7 +112,7 @@ def test_is_ready_refuses_a_second_one_and_stops_everything_on_ctrl_c(home: Path
     assert logs == {"api", "migration", "postgresql", "redis", "sweeper", "worker"}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_part_that_dies_is_reported_and_everything_stops(home: Path) -> None:
     with up(home) as running:
         running.named("worker.sweeper").kill()
@@ -121,7 +121,7 @@ def test_a_part_that_dies_is_reported_and_everything_stops(home: Path) -> None:
         assert running.left(0.5) == []
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_kill_9_leaves_nothing_running(home: Path) -> None:
     """Goes red without prctl in cli/lifeline.py."""
     with up(home) as running:
