@@ -104,7 +104,7 @@ def run_job(scratch: Path, steps: int, say: Callable[..., None] = progress) -> R
             "dataset": client.upload_dataset(documents)["id"],
             "validation_fraction": HELD_OUT,
             "evaluate_every": max(1, steps // 4),
-            "evaluate_sequences": 8,
+            "evaluate_sequences": 4,
             "sequence_length": SEQUENCE_LENGTH,
             "steps": steps,
             "method": {"type": "lora", "rank": 8, "alpha": 16.0, "targets": ["query", "key_value"]},
