@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import shutil
 import statistics
@@ -35,7 +36,9 @@ SEQUENCE_LENGTH = 2_048
 STEPS = 40
 HELD_OUT = 0.1
 EXCEEDED = 3.0
-"""The cap is the largest multiple of 10 MiB that the ordinary step exceeds so many times, by its plan."""
+"""How many times the ordinary step should exceed the cap."""
+ABOVE_MINIMUM = 1.1
+"""The cap is no closer than this to the least with a plan, where chunks are short and a step takes twice as long."""
 NO_CAP = 1 << 50
 PROMPT = "The import statement"
 QUESTION = "The capital of Germany is"
@@ -112,7 +115,7 @@ def run_job(scratch: Path, steps: int, say: Callable[..., None] = progress) -> R
             "schedule": {"name": "cosine", "warmup_steps": min(5, steps)},
         }
         free = client.plan({**request, "memory_cap": NO_CAP if not client.devices() else _largest(client)})
-        cap = max(free["minimum_cap_bytes"], int(free["unchunked_peak_bytes"] / EXCEEDED) // (10 * MIB) * 10 * MIB)
+        cap = choose_cap(free["unchunked_peak_bytes"], free["minimum_cap_bytes"])
         say(f"unchunked {free['unchunked_peak_bytes'] / MIB:.0f} MiB, cap {cap / MIB:.0f} MiB")
         job = _watched(client, client.create_job({**request, "memory_cap": cap}), stack.check, say)
         rows = list(client.metrics(job["id"]))
@@ -133,6 +136,11 @@ def run_job(scratch: Path, steps: int, say: Callable[..., None] = progress) -> R
         "files": [[file["name"], file["bytes"]] for file in checkpoint["files"]],
         "samples": samples,
     }
+
+
+def choose_cap(unchunked_bytes: int, minimum_bytes: int) -> int:
+    """A multiple of 10 MiB, in bytes."""
+    return math.ceil(max(unchunked_bytes / EXCEEDED, ABOVE_MINIMUM * minimum_bytes) / (10 * MIB)) * 10 * MIB
 
 
 def _upload_model(client: Client, check: Callable[[], None], say: Callable[..., None]) -> str:
