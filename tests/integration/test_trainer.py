@@ -309,6 +309,7 @@ def test_what_the_user_can_mend_is_named(start: Start, tmp_path: Path) -> None:
     (broken / "source.jsonl").write_text('{"text": "good"}\n{"no": "text"}\n')
     weights = tmp_path / "weights"
     weights.mkdir()
+    (weights / "config.json").write_text(json.dumps(MODEL.to_json()))
     (weights / "model.safetensors").write_bytes(b"no weights")
     explosive = replace(ENDLESS, optimizer=OptimizerConfig(learning_rate=10.0, weight_decay=9.0), gradient_clip=None)
     # Side by side: most of their time is the interpreter's start.
