@@ -81,16 +81,25 @@ def _desired() -> Any:
     return patch("service.runs.renew", deaf)
 
 
+def _all(*removed: tuple[str, object]) -> AbstractContextManager[object]:
+    """A guard that stands in several places."""
+    patches = ExitStack()
+    for what, value in removed:
+        patches.enter_context(patch(what, value))
+    return patches
+
+
 def _no_cap() -> AbstractContextManager[object]:
     """Neither the kernel's limit nor the looks of trainer and supervisor at what is held."""
-    patches = ExitStack()
-    for what, value in (
+    return _all(
         ("slim_core.memory.CpuMeter.enforce_cap", lambda _meter, _cap_bytes: None),
         ("worker.trainer.READING_EXCESS_BYTES", 1 << 60),
         ("worker.memory_watch.READING_EXCESS_BYTES", 1 << 60),
-    ):
-        patches.enter_context(patch(what, value))
-    return patches
+    )
+
+
+def _no_sync() -> AbstractContextManager[object]:
+    return _all(*((f"slim_core.weights.{module}.sync", lambda _path: None) for module in ("files", "checkpoint")))
 
 
 REMOVE: dict[str, Callable[[], AbstractContextManager[object]]] = {
@@ -125,7 +134,7 @@ REMOVE: dict[str, Callable[[], AbstractContextManager[object]]] = {
     # A heartbeat renews the lease and does not tell what the user wants.
     "desired": _desired,
     # Files get their names before they are on disk.
-    "fsync": lambda: patch("slim_core.weights.checkpoint._sync", lambda _path: None),
+    "fsync": _no_sync,
     # A file of the right size is the right one.
     "hash check": lambda: patch("worker.resume._sha256", lambda _path, _beat: ANY),
     # What a failed write has left stays.

@@ -14,7 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 import psutil
-from sqlalchemy import func, select, update
+from sqlalchemy import case, func, select, update
 
 from service import database, queue, runs
 from service.models import Job, JobEvent, Metric
@@ -155,7 +155,7 @@ def _stop_some(arena: Arena, stage: Stage, kinds: list[str], seconds: float) -> 
         stage.stop_between_transactions(process.pid)
     stopped = time.monotonic()
     taken = [job_id for job_id in ids if kind_of[job_id] == "taken"]
-    _take_over(stage, taken, at_once=True)
+    _take_over(stage, taken)
     for job_id in taken:
         os.kill(supervisors[job_id].pid, signal.SIGCONT)
     time.sleep(max(0.0, stopped + seconds - time.monotonic()))
@@ -164,7 +164,7 @@ def _stop_some(arena: Arena, stage: Stage, kinds: list[str], seconds: float) -> 
         os.kill(supervisors[job_id].pid, signal.SIGCONT)
     yield from _went_on(supervisors, late)
     both = [job_id for job_id in ids if kind_of[job_id] == "late and taken"]
-    _take_over(stage, both, at_once=False)
+    _take_over(stage, both)
     for job_id in both:
         os.kill(supervisors[job_id].pid, signal.SIGCONT)
     yield from _went_on(supervisors, [*taken, *both])
@@ -188,15 +188,16 @@ def _claimed_by(stage: Stage, pid: int) -> str | None:
         return session.scalar(select(Job.id).where(Job.worker.endswith(f":{pid}")))
 
 
-def _take_over(stage: Stage, ids: list[str], *, at_once: bool) -> None:
-    """Another attempt, that holds its lease and does nothing: whatever happens to the job now, the earlier one did."""
+def _take_over(stage: Stage, ids: list[str]) -> None:
+    """Another attempt, that holds its lease and does nothing: whatever happens to the job now, the earlier one did.
+
+    The leases of all others are made long: on a slow machine they have run out by now, and would be taken back too.
+    """
     for job_id in ids:
         with database.transaction(stage.bind) as session:
-            if at_once:
-                # On a slow machine the job may have been taken back together with one before it.
-                running = (Job.id == job_id, Job.status == "running")
-                expired = func.clock_timestamp() - timedelta(seconds=1)
-                session.execute(update(Job).where(*running).values(lease_until=expired))
+            now = func.clock_timestamp()
+            lease = case((Job.id == job_id, now - timedelta(seconds=1)), else_=now + timedelta(hours=1))
+            session.execute(update(Job).where(Job.status == "running").values(lease_until=lease))
             runs.requeue_expired(session)
             assert runs.claim(session, job_id, "another", lease_seconds=600) is not None
 
