@@ -98,6 +98,8 @@ def test_loss_lies_on_what_is_to_be_learnt(
         ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": "a"}', 2),
         ("a.jsonl", b'{"messages": [{"role": "user"}]}', 1),
     ],
+    # gzip writes the time: made from the content, the names would differ between the processes of one run.
+    ids=["gzip-line", "zstd-text", "gzip-cut", "zstd-none", "parquet-none", "completion-missing", "content-missing"],
 )
 def test_a_broken_file_is_refused_while_it_arrives(
     client: TestClient, storage: Storage, filename: str, content: bytes, line: int | None
