@@ -6,7 +6,8 @@ Methods: `slim` (chunks of `chunk_length`; the whole sequence is the ordinary st
 step of the same code, each layer's activations recomputed in backward), and `transformers` and
 `transformers_checkpoint`, the same two in the transformers and PEFT packages. Each adds the gradient of rank-8 adapters
 on queries, keys and values.
-Prints one line of JSON: runtime_bytes (before the model), peak_bytes, step_seconds (each step but the first), loss.
+With `planned_bytes` idle memory is given back above it, as in a job. Prints one line of JSON: runtime_bytes (before the
+model), peak_bytes, step_seconds (each step but the first), loss.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ def main() -> None:
     tokens = _tokens(folder, spec["text"], spec["tokens"])
     step = _transformers(folder, spec) if spec["method"].startswith("transformers") else _slim(folder, spec)
     meter = make_meter(torch.device("cpu"))  # not before: the pages of the model's file are not the process's own
+    if spec["planned_bytes"] is not None:
+        meter.keep_within(spec["planned_bytes"])
     losses, seconds = [], []
     for _ in range(1 + spec["steps"]):
         started = time.perf_counter()
