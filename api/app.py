@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from anyio import CapacityLimiter
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from starlette.concurrency import run_in_threadpool
@@ -27,6 +28,9 @@ logger = logging.getLogger(__name__)
 DESCRIPTION = """Fine-tuning jobs under a hard memory budget: give a cap, get a plan that keeps it, the exact gradient,
 and the checkpoints. Errors are problem details (RFC 9457) with a stable `code`."""
 
+CHECKS_AT_ONCE = 2
+"""Of uploaded models and tokenizers: each may take the memory of a preparer."""
+
 
 def create_app(settings: Settings | None = None) -> FastAPI:
     """An application on these settings. It connects to nothing before the first request.
@@ -44,6 +48,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         storage=Storage(settings.data_dir),
         producer=queue.producer(settings.redis_url),
         sampler_slots=Slots(settings.generate_slots),
+        check_limiter=CapacityLimiter(CHECKS_AT_ONCE),
     )
     app = FastAPI(
         title="slimtune", version="0.1.0", description=DESCRIPTION, redirect_slashes=False, lifespan=_lifespan

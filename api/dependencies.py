@@ -27,6 +27,8 @@ class Context:
     storage: Storage
     producer: Celery
     sampler_slots: Slots
+    check_limiter: CapacityLimiter
+    """Of the threads that check what was uploaded, each with a process that may take long and much memory."""
 
 
 async def get_context(request: Request) -> Context:

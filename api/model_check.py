@@ -7,7 +7,6 @@ import logging
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,6 @@ TIMEOUT_SECONDS = 120.0
 """Of the clock; slim_core.weights.check_model has a limit of its own on what it computes."""
 _TOO_LONG = "The files take too long to be checked"
 _LOG_CHARACTERS = 2_000
-_turn = threading.BoundedSemaphore(2)
-"""Checks at once: each may take `memory_bytes`, and others wait in their threads."""
 
 
 def check_model(folder: Path, memory_bytes: int) -> CheckedModel:
@@ -31,17 +28,16 @@ def check_model(folder: Path, memory_bytes: int) -> CheckedModel:
     command = [sys.executable, "-m", "slim_core.weights.check_model", "--memory", str(memory_bytes), str(folder)]
     environment = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:
-        with _turn:
-            done = subprocess.run(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=TIMEOUT_SECONDS,
-            )
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=TIMEOUT_SECONDS,
+        )
     except subprocess.TimeoutExpired as error:
         raise ModelInvalidError([{"reason": _TOO_LONG}]) from error
     if done.returncode == 0:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Generic, Protocol, Self, TypeVar
 
-import anyio
+from anyio import CancelScope, CapacityLimiter, fail_after, to_thread
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError, MultipartParseError
 from python_multipart.multipart import parse_options_header
@@ -185,18 +185,32 @@ async def receive_files(
     store: Callable[..., Stored],
     max_files: int,
     texts: Sequence[str] = ("name",),
+    limiter: CapacityLimiter | None = None,
 ) -> Stored:
-    """Stream the files of a request into `sink`, then `store(sink, *values of texts)`; all that they do runs in
-    threads.
+    """Stream the files of a request into `sink`, then `store(sink, *values of texts)`, for which `limiter` has threads
+    of its own if it may take long; all that they do runs in threads.
 
     Raises as `receive_upload` does.
     """
-    with sink as opened:
+    async with _in_threads(sink) as opened:
         form = open_form(request.headers.get("content-type", ""), max_files, texts)
         await _copy(form, request.stream(), opened)
         if not form.files:
             raise InvalidRequestError(("file", "is missing"))
-        return await run_in_threadpool(store, opened, *(form.text(field) for field in texts))
+        return await to_thread.run_sync(store, opened, *(form.text(field) for field in texts), limiter=limiter)
+
+
+@asynccontextmanager
+async def _in_threads(sink: AbstractContextManager[FilesSinkT]) -> AsyncIterator[FilesSinkT]:
+    """The sink, opened and closed in threads: to remove what was refused may take as long as the file is large."""
+    opened = await run_in_threadpool(sink.__enter__)
+    try:
+        yield opened
+    except BaseException as error:
+        with CancelScope(shield=True):  # also when the client has gone away
+            await run_in_threadpool(sink.__exit__, type(error), error, error.__traceback__)
+        raise
+    await run_in_threadpool(sink.__exit__, None, None, None)
 
 
 class _OneFile(Generic[SinkT]):
@@ -249,7 +263,7 @@ async def _copy(form: Form, portions: AsyncIterator[bytes], sink: FilesSink) -> 
 async def _next(portions: AsyncIterator[bytes]) -> bytes:
     """The next portion of the body. Raises InvalidRequestError at its end: the form was not closed."""
     try:
-        with anyio.fail_after(STALL_SECONDS):
+        with fail_after(STALL_SECONDS):
             return await anext(portions)
     except TimeoutError as error:
         raise UploadStalledError(STALL_SECONDS) from error

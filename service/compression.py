@@ -13,6 +13,10 @@ from service.errors import DatasetInvalidError, UploadExpandsTooFarError
 Compression = Literal["gzip", "zstd"]
 
 BLOCK_BYTES = 1 << 20
+MAX_RATIO = 256
+"""A file of any size may expand to `FREE_BYTES`, and to so many times its own: more than text does that says anything.
+Two megabytes of zstd can stand for 64 GiB, which take minutes to be read."""
+FREE_BYTES = 64 << 20
 _GZIP_HEADER = 31
 """zlib's number for a gzip stream with the largest window."""
 _ZSTD_WINDOW_BYTES = 8 << 20
@@ -55,16 +59,19 @@ class PlainDecoder:
 
 
 class _Limited:
-    """Counts what comes out."""
+    """Counts what goes in and what comes out."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
+        self._taken_bytes = 0
         self._expanded_bytes = 0
 
     def _counted(self, block: bytes) -> bytes:
         self._expanded_bytes += len(block)
         if self._expanded_bytes > self._limit_bytes:
             raise UploadExpandsTooFarError(self._limit_bytes)
+        if self._expanded_bytes > max(FREE_BYTES, MAX_RATIO * self._taken_bytes):
+            raise UploadExpandsTooFarError(self._limit_bytes, MAX_RATIO)
         return block
 
 
@@ -77,6 +84,7 @@ class GzipDecoder(_Limited):
         self._begun = False
 
     def feed(self, data: bytes) -> Iterator[bytes]:
+        self._taken_bytes += len(data)
         while data:
             if self._member.eof:
                 if not (data := data.lstrip(b"\0")):  # padding, as tapes have it
@@ -111,6 +119,7 @@ class ZstdDecoder(_Limited):
         view = memoryview(data)
         for start in range(0, len(view), _ZSTD_PORTION_BYTES):
             portion = bytes(view[start : start + _ZSTD_PORTION_BYTES])
+            self._taken_bytes += len(portion)
             while portion:
                 if self._frame.eof:
                     self._frame = self._next_frame()

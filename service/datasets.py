@@ -9,7 +9,7 @@ from sqlalchemy import Engine, or_, select
 from sqlalchemy import delete as sql_delete
 from sqlalchemy.orm import Session
 
-from service import database, storage, tokenizations, tokenizers
+from service import storage, tokenizations, tokenizers, uploads
 from service.dataset_files import format_of, reader
 from service.errors import DatasetInUseError, NotFoundError
 from service.filenames import clean_filename, clean_name
@@ -17,7 +17,7 @@ from service.ids import is_id, new_id
 from service.models import Dataset, Job, Tokenization, Tokenizer
 from service.pages import newest_first
 from service.status import TERMINAL, UNFINISHED
-from service.storage import Storage
+from service.storage import Storage, dataset_dir
 from service.tokenizers import BYTES
 
 
@@ -61,19 +61,14 @@ class DatasetUpload:
             sha256=self._upload.sha256,
             problems=[],
         )
-        relative = storage.dataset_path(dataset.id, self.format, self.compression)
-        self._upload.commit(self._files.path(relative))
-        try:
-            with database.transaction(bind) as session:
-                wanted = [BYTES] if tokenizer is None else [BYTES, tokenizers.resolve(session, tokenizer)]
-                session.add(dataset)
-                session.flush()
-                for reference in wanted:
-                    tokenizations.request(session, dataset.id, reference)
-                session.refresh(dataset)
-        except BaseException:
-            self._files.remove(f"datasets/{dataset.id}")
-            raise
+        path = self._files.path(storage.dataset_path(dataset.id, self.format, self.compression))
+        with uploads.recorded(bind, self._files, dataset_dir(dataset.id), lambda: self._upload.commit(path)) as session:
+            wanted = [BYTES] if tokenizer is None else [BYTES, tokenizers.resolve(session, tokenizer)]
+            session.add(dataset)
+            session.flush()
+            for reference in wanted:
+                tokenizations.request(session, dataset.id, reference)
+            session.refresh(dataset)
         return dataset
 
     def __enter__(self) -> Self:
@@ -128,4 +123,4 @@ def delete(session: Session, dataset_id: str) -> str:
     if jobs or trained:
         raise DatasetInUseError(dataset_id, jobs, trained)
     session.execute(sql_delete(Dataset).where(Dataset.id == dataset_id))
-    return f"datasets/{dataset_id}"
+    return dataset_dir(dataset_id)

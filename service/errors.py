@@ -193,11 +193,14 @@ class UploadExpandsTooFarError(ServiceError):
     status = 413
     code = "upload_expands_too_far"
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, max_ratio: int | None = None) -> None:
+        """With `max_ratio` it is the ratio that is too large."""
         super().__init__(
-            f"The file expands to more than {limit_bytes} bytes.",
+            f"The file expands to more than {f'{max_ratio} times its size' if max_ratio else f'{limit_bytes} bytes'}.",
             max_expanded_bytes=limit_bytes,
-            hint="split the file, or have SLIMTUNE_MAX_EXPANDED_BYTES raised",
+            hint="send it without compression"
+            if max_ratio
+            else "split the file, or have SLIMTUNE_MAX_EXPANDED_BYTES raised",
         )
 
 

@@ -10,7 +10,7 @@ from typing import Self
 
 from sqlalchemy import Engine
 
-from service import database
+from service import uploads
 from service.base_models import GGUF_FILE, CheckedModel, describe
 from service.errors import ModelInvalidError
 from service.filenames import clean_name
@@ -80,15 +80,11 @@ class ModelUpload:
         self._upload.seal()
         checked = None if self._names == [GGUF_FILE] else check(self._upload.folder)
         row = self._row(name, checked)
-        self._upload.commit(self._files.path(model_path(row.id)))
-        try:
-            with database.transaction(bind) as session:
-                session.add(row)
-                session.flush()
-                session.refresh(row)
-        except BaseException:
-            self._files.remove(model_path(row.id))
-            raise
+        path = self._files.path(model_path(row.id))
+        with uploads.recorded(bind, self._files, model_path(row.id), lambda: self._upload.commit(path)) as session:
+            session.add(row)
+            session.flush()
+            session.refresh(row)
         return row
 
     def _row(self, name: str | None, checked: CheckedModel | None) -> Model:

@@ -61,7 +61,7 @@ class Settings(DatabaseSettings):
     preparer_memory_bytes: int = Field(default=300_000_000, ge=1)
     """What the process may hold that makes a dataset's tokens, or trains or checks a tokenizer."""
     preparer_seconds: float = Field(default=6 * 3_600, gt=0, allow_inf_nan=False)
-    """How long that process may take."""
+    """How long that process may take, at most; less for small files."""
     self_kill_seconds: float = Field(default=60, gt=0, allow_inf_nan=False)
     """How long a supervisor may fail to renew its lease before it kills its own trainer."""
 

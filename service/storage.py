@@ -7,6 +7,7 @@
     jobs/<job_id>/checkpoints/attempt-0002/step-00000040/...
     jobs/<job_id>/attempt-<n>.stderr
     tmp/                                        uploads on their way, folders being deleted
+    doubtful/<path, quoted>                     an empty file for each folder whose row comes or goes just now
 
 Names come from the server only. A path in the database is relative, so that the folder can move.
 """
@@ -22,20 +23,26 @@ import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import quote, unquote
 
 from service.errors import StorageFullError, UploadTooLargeError
 
 _COMPRESSION_SUFFIXES = {None: "", "gzip": ".gz", "zstd": ".zst"}
 
 
+def dataset_dir(dataset_id: str) -> str:
+    """Relative path of the folder of a dataset's file and of what is made of it."""
+    return f"datasets/{dataset_id}"
+
+
 def dataset_path(dataset_id: str, file_format: str, compression: str | None = None) -> str:
     """Relative path of a dataset's file."""
-    return f"datasets/{dataset_id}/data.{file_format}{_COMPRESSION_SUFFIXES[compression]}"
+    return f"{dataset_dir(dataset_id)}/data.{file_format}{_COMPRESSION_SUFFIXES[compression]}"
 
 
 def tokens_dir(dataset_id: str, tokenizer_key: str) -> str:
     """Relative path of the folder with a dataset's tokens under one tokenizer."""
-    return f"datasets/{dataset_id}/tokens-{tokenizer_key}"
+    return f"{dataset_dir(dataset_id)}/tokens-{tokenizer_key}"
 
 
 def tokenizer_dir(tokenizer_id: str) -> str:
@@ -76,6 +83,7 @@ class Storage:
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
         self._tmp = self.root / "tmp"
+        self._doubts = self.root / "doubtful"
 
     def path(self, relative: str) -> Path:
         """The absolute path. Raises ValueError if it would lie outside the data folder."""
@@ -120,15 +128,43 @@ class Storage:
         try:
             self.path(relative).rename(doomed)
         except FileNotFoundError:
+            self.trust(relative)
             return
+        self.trust(relative)
         shutil.rmtree(doomed, ignore_errors=True)
+
+    def doubt(self, relative: str) -> None:
+        """From now on, until `trust` or `remove`, whether the folder has a row is in doubt: see service/uploads.py.
+
+        No power cut takes that back. Raises StorageFullError.
+        """
+        try:
+            folder = self.make_folder(self._doubts.name)
+            self._doubt(relative).touch()
+            sync_folder(folder)
+        except OSError as error:
+            raise _translated(error) from error
+
+    def trust(self, relative: str) -> None:
+        """The folder has a row, or is gone."""
+        self._doubt(relative).unlink(missing_ok=True)
+
+    def doubtful(self, older_than_seconds: float) -> list[str]:
+        """The folders in doubt for so long."""
+        if not self._doubts.is_dir():
+            return []
+        horizon = time.time() - older_than_seconds
+        return [unquote(entry.name) for entry in self._doubts.iterdir() if _is_older(entry, horizon)]
+
+    def _doubt(self, relative: str) -> Path:
+        return self._doubts / quote(relative, safe="")
 
     def clean_temporary(self, older_than_seconds: float = 86_400) -> int:
         """Delete what crashed processes left in tmp/; returns how many entries. What others still write stays."""
         if not self._tmp.is_dir():
             return 0
         horizon = time.time() - older_than_seconds
-        stale = [entry for entry in self._tmp.iterdir() if entry.lstat().st_mtime < horizon]
+        stale = [entry for entry in self._tmp.iterdir() if _is_older(entry, horizon)]
         for entry in stale:
             if entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)  # another process may be deleting it as well
@@ -266,6 +302,14 @@ def _move(temporary: Path, destination: Path) -> None:
             sync_folder(folder)
     except OSError as error:
         raise _translated(error) from error
+
+
+def _is_older(entry: Path, horizon: float) -> bool:
+    """By its last change; False where another process has removed it meanwhile."""
+    try:
+        return entry.lstat().st_mtime < horizon
+    except FileNotFoundError:
+        return False
 
 
 def sync_folder(folder: Path) -> None:

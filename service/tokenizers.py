@@ -10,7 +10,7 @@ from sqlalchemy import Engine, or_, select
 from sqlalchemy import delete as sql_delete
 from sqlalchemy.orm import Session
 
-from service import base_models, database, storage
+from service import base_models, storage, uploads
 from service.errors import (
     NotFoundError,
     TokenizerFailedError,
@@ -110,15 +110,11 @@ class TokenizerUpload:
         if reason is not None:
             raise TokenizerInvalidError(reason)
         row = _new(name or FILE, "upload")
-        self._upload.commit(self._files.path(row.path))
-        try:
-            with database.transaction(bind) as session:
-                session.add(row)
-                session.flush()
-                session.refresh(row)
-        except BaseException:
-            self._files.remove(row.path)
-            raise
+        path = self._files.path(row.path)
+        with uploads.recorded(bind, self._files, row.path, lambda: self._upload.commit(path)) as session:
+            session.add(row)
+            session.flush()
+            session.refresh(row)
         return row
 
     def __enter__(self) -> Self:

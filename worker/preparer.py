@@ -44,6 +44,10 @@ IDLE_SECONDS = 1.0
 POLL_SECONDS = 0.1
 STOP_SECONDS = 5.0
 """How long the end of a worker waits for its preparer."""
+LEAST_SECONDS = 600.0
+SLOWEST_BYTES = 20_000
+"""A second, of a file: work on it may take so long beyond LEAST_SECONDS. It is 70 times slower than a BPE tokenizer on
+one core, and keeps a chat template that never ends from holding everybody's preparations."""
 CHECK_SECONDS = 120.0
 """How long a tokenizer may take to be looked at."""
 _LOG_BYTES = 8_192
@@ -168,7 +172,7 @@ class Preparer:
             raise FailedError("tokenizer_missing", "The tokenizer is not there any more.")
         arguments = ["--source", self._source(work), "--tokenizer", tokenizer, "--out", str(output)]
         arguments += ["--most-text", str(self._settings.max_expanded_bytes)]
-        self._child(work, lease, self._prepare, arguments, self._settings.preparer_seconds)
+        self._child(work, lease, self._prepare, arguments, self._limit_seconds(work))
         return _counts(output)
 
     def _tokenizer(self, work: Preparation, lease: Lease) -> dict[str, Any]:
@@ -177,7 +181,7 @@ class Preparer:
         if work.kind == "training" and not Path(folder).exists():  # which an attempt that was lost may have done
             arguments = ["--source", self._source(work), "--vocab-size", str(work.vocab_size), "--out", folder]
             arguments += ["--most-text", str(self._settings.max_expanded_bytes)]
-            self._child(work, lease, self._train, arguments, self._settings.preparer_seconds)
+            self._child(work, lease, self._train, arguments, self._limit_seconds(work))
         answer = self._child(work, lease, self._check, [folder], CHECK_SECONDS, broken="tokenizer_invalid")
         result: dict[str, Any] = json.loads(answer)
         return result
@@ -187,7 +191,7 @@ class Preparer:
         source, folder = self._source(work), self._storage.path(work.output_path)
         if not folder.exists():  # which an attempt that was lost may have made
             arguments = [source, str(folder)]
-            self._child(work, lease, self._convert, arguments, self._settings.preparer_seconds, broken="model_invalid")
+            self._child(work, lease, self._convert, arguments, self._limit_seconds(work), broken="model_invalid")
         answer = self._child(work, lease, self._check_model, [str(folder)], CHECK_SECONDS, broken="model_invalid")
         result: dict[str, Any] = json.loads(answer)
         Path(source).unlink(missing_ok=True)
@@ -197,6 +201,10 @@ class Preparer:
         if work.source_path is None:
             raise ValueError(f"{work.name}: has no dataset")
         return str(self._storage.path(work.source_path))
+
+    def _limit_seconds(self, work: Preparation) -> float:
+        size = Path(self._source(work)).stat().st_size
+        return min(self._settings.preparer_seconds, LEAST_SECONDS + size / SLOWEST_BYTES)
 
     def _child(
         self,

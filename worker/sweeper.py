@@ -14,7 +14,7 @@ from celery import Celery
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from service import database, devices, idempotency, jobs, logs, queue, runs
+from service import database, devices, idempotency, jobs, logs, queue, runs, uploads
 from service.settings import Settings, load_settings
 from service.storage import Storage, stderr_path
 from worker.process import tail
@@ -74,10 +74,11 @@ def run(settings: Settings) -> NoReturn:
         try:
             sweep(bind, app, storage)
             storage.clean_temporary()
+            uploads.settle(bind, storage)
         except SQLAlchemyError as error:
             logger.warning("not swept: %s", str(error).splitlines()[0])
         except OSError as error:
-            logger.warning("temporary files not cleaned: %s", error)
+            logger.warning("files not cleaned: %s", error)
         time.sleep(settings.sweep_seconds)
 
 

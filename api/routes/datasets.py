@@ -113,4 +113,5 @@ def tokenize(
 def delete(dataset_id: str, session: SessionDep, context: ContextDep, background: BackgroundTasks) -> None:
     """With its tokens. Refused while a job that is not finished reads it, or a tokenizer is trained on it."""
     folder = datasets.delete(session, dataset_id)
+    context.storage.doubt(folder)
     background.add_task(context.storage.remove, folder)

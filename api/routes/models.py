@@ -65,7 +65,7 @@ async def upload(request: Request, response: Response, context: ContextDep) -> M
         return ModelResponse.of_row(sink.store(context.engine, name, check))
 
     sink = ModelUpload(context.storage, settings.max_model_bytes)
-    model = await receive_files(request, sink, store, MAX_FILES)
+    model = await receive_files(request, sink, store, MAX_FILES, limiter=context.check_limiter)
     response.headers["Location"] = f"/models/{model.id}"
     return model
 
@@ -99,4 +99,5 @@ def delete(model_id: str, session: SessionDep, context: ContextDep, background: 
     if model_id in BUILTIN_MODELS:
         raise BuiltinModelError(model_id)
     folder = base_models.delete(session, model_id)
+    context.storage.doubt(folder)
     background.add_task(context.storage.remove, folder)

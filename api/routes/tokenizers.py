@@ -88,7 +88,7 @@ async def create(request: Request, response: Response, context: ContextDep) -> T
         def store(sink: TokenizerUpload, name: str | None) -> TokenizerResponse:
             return TokenizerResponse.of_row(sink.store(context.engine, name))
 
-        tokenizer = await receive_files(request, sink, store, max_files=len(FILES))
+        tokenizer = await receive_files(request, sink, store, max_files=len(FILES), limiter=context.check_limiter)
     response.headers["Location"] = f"/tokenizers/{tokenizer.id}"
     return tokenizer
 
@@ -115,6 +115,7 @@ def get(tokenizer_id: str, session: SessionDep) -> TokenizerResponse:
 def delete(tokenizer_id: str, session: SessionDep, context: ContextDep, background: BackgroundTasks) -> None:
     """Refused while a job that is not finished, or a dataset that is being prepared, needs it."""
     folder = tokenizers.delete(session, tokenizer_id)
+    context.storage.doubt(folder)
     background.add_task(context.storage.remove, folder)
 
 

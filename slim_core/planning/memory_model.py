@@ -271,9 +271,7 @@ def _token_bytes(train: TrainConfig, batch: int) -> tuple[int, int]:
     what else exists while these distances are summed up."""
     positions = batch * (train.sequence_length + 1)
     match train.packing:
-        case "continuous":
-            return positions * INT32, 0  # two views of the same tokens
-        case "single":
-            return positions * 2 * INT32, 0
+        case "continuous" | "single":
+            return positions * 2 * INT32, 0  # continuous text without a mask needs half: two views of the same tokens
         case "packed":
             return positions * (3 * INT32 + 1), positions * (INT32 + INT64)

@@ -7,12 +7,13 @@ import itertools
 import zlib
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.compression import Compression, decoder
+from service.compression import FREE_BYTES, MAX_RATIO, Compression, decoder
 from service.errors import DatasetInvalidError, UploadExpandsTooFarError
 
 COMPRESS: dict[Compression, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "zstd": zstandard.compress}
@@ -62,18 +63,25 @@ def test_the_padding_of_a_tape_is_none() -> None:
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 def test_a_bomb_is_given_up_in_flat_memory(compression: Compression) -> None:
-    content = bytes(256 << 20)
-    data = COMPRESS[compression](content)
+    data = COMPRESS[compression](bytes(256 << 20))
     assert len(data) < 300_000
-    with pytest.raises(UploadExpandsTooFarError):
-        expand(compression, data, [], limit_bytes=100 << 20)
+    with pytest.raises(UploadExpandsTooFarError, match=f"more than {50 << 20} bytes"):
+        expand(compression, data, [], limit_bytes=50 << 20)
     size, largest = 0, 0
-    instance = decoder(compression, 1 << 30)
-    for block in instance.feed(data):
-        size, largest = size + len(block), max(largest, len(block))
-    instance.finish()
-    assert size == len(content)
+    with pytest.raises(UploadExpandsTooFarError, match=f"more than {MAX_RATIO} times"):
+        for block in decoder(compression, 1 << 40).feed(data):
+            size, largest = size + len(block), max(largest, len(block))
+    assert 0 < size <= max(FREE_BYTES, MAX_RATIO * len(data))
     assert largest <= 17 << 20  # all of it would be 256 MiB
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_what_repeats_itself_within_reason_is_no_bomb(compression: Compression) -> None:
+    text = np.random.default_rng(0).bytes(1 << 19)
+    content = b"".join(bytes([number]) * 200 for number in text)  # 100 MiB, of which gzip makes about a hundredth
+    data = COMPRESS[compression](content)
+    assert FREE_BYTES < len(content) < MAX_RATIO * len(data)
+    assert expand(compression, data, [])[0] == content
 
 
 def test_a_window_that_takes_too_much_memory_is_refused() -> None:

@@ -1,0 +1,62 @@
+"""Uploaded files and their row: neither stays without the other."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sqlalchemy import Engine, Select, exists, or_, select
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.orm import Session
+
+from service import database
+from service.models import Checkpoint, Dataset, Model, Tokenizer
+from service.storage import Storage
+
+DOUBT_SECONDS = 3_600.0
+"""Age of a doubt below which the request that it belongs to may still be at work."""
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def recorded(bind: Engine, files: Storage, folder: str, commit: Callable[[], None]) -> Iterator[Session]:
+    """Have `commit` put the files into `folder`, relative to the data folder; then the transaction that adds their row.
+    Both are there in the end, or neither.
+
+    Where this process or the database dies meanwhile, which of them is there is in doubt until `settle` looks.
+    """
+    files.doubt(folder)
+    try:
+        commit()
+        with database.transaction(bind) as session:
+            yield session
+    except (OperationalError, InterfaceError):
+        raise  # it may be committed without our having heard of it
+    except BaseException:
+        files.remove(folder)
+        raise
+    files.trust(folder)
+
+
+def settle(bind: Engine, files: Storage, older_than_seconds: float = DOUBT_SECONDS) -> list[str]:
+    """Remove the folders that are in doubt for so long and have no row; returns them. Raises SQLAlchemyError."""
+    removed = []
+    for folder in files.doubtful(older_than_seconds):
+        with database.transaction(bind) as session:
+            kept = session.scalar(_has_row(folder))
+        if kept:
+            files.trust(folder)
+        else:
+            logger.warning("%s has no row: removed", folder)
+            files.remove(folder)
+            removed.append(folder)
+    return removed
+
+
+def _has_row(folder: str) -> Select[tuple[bool]]:
+    name = Path(folder).name
+    by_name = [exists().where(table.id == name) for table in (Dataset, Tokenizer, Model)]
+    return select(or_(*by_name, exists().where(Model.path == folder), exists().where(Checkpoint.path == folder)))
