@@ -1,6 +1,7 @@
 """Where the model of a run came from, and what its checkpoints say and take along of it. Free of torch.
 
-A card says nothing that differs between a run and the same one interrupted: no times, no measured memory.
+A card says nothing that differs between a run and the same one interrupted: no times, no measured memory. What the
+certificate adds is known when the last checkpoint is written already, and stays with the job.
 """
 
 from __future__ import annotations
@@ -84,13 +85,13 @@ def model_card(
         plan=CardPlan(
             memory_cap_bytes=names.memory_cap_bytes,
             predicted_peak_bytes=plan.predicted_peak_bytes,
-            measured_peak_bytes=None,
             sequence_length=train.sequence_length,
             batch_size=train.batch_size,
             chunk_length=plan.chunk_length,
             state_policy=plan.state_policy,
             precision=train.precision,
             lora_rank=None if train.lora is None else train.lora.rank,
+            matching=None if train.matching is None else (train.matching.steps, train.matching_length),
         ),
         losses=curves.points(),
         loads_in_transformers=origin.source is not None and origin.source.fits(model),

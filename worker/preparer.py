@@ -326,6 +326,8 @@ def _failure(status: int, log: str, broken: str) -> FailedError:
     if status == NO_MEMORY or (status == -signal.SIGABRT and "memory allocation" in log):
         code = _TOO_LARGE[broken]
         return FailedError(code, "It takes more memory than SLIMTUNE_PREPARER_MEMORY_BYTES allows.")
+    if status == -signal.SIGXCPU:
+        return FailedError("preparation_timeout", "It took too long.")
     if status == NO_SPACE:
         return FailedError("disk_full", "There is no space left for what is made.")
     how = f"by signal {-status}" if status < 0 else f"with status {status}"

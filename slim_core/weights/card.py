@@ -27,7 +27,6 @@ class CardPlan:
 
     memory_cap_bytes: int
     predicted_peak_bytes: int
-    measured_peak_bytes: int | None
     sequence_length: int
     batch_size: int
     chunk_length: int
@@ -35,6 +34,8 @@ class CardPlan:
     precision: str = "float32"
     lora_rank: int | None = None
     """Of the adapters that were trained; None where all weights were."""
+    matching: tuple[int, int] | None = None
+    """Updates and tokens of each, of the phase in which attention learnt to give what softmax attention gave."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +45,6 @@ class CardLoss:
     step: int
     training: float | None = None
     validation: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class CardCheck:
-    """The gradient of one real sequence beside the same under another plan."""
-
-    chunk_length: int
-    compared_with: int
-    relative_error: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +64,6 @@ class Card:
     """Identifier of the base model's licence, if known."""
     losses: Sequence[CardLoss] = ()
     """In the order of steps; the first may be step 0, before training."""
-    gradient_check: CardCheck | None = None
     loads_in_transformers: bool = False
     """Whether the folder is in a layout of that library; a run with adapters then has one in PEFT's layout as well."""
 
@@ -124,13 +115,12 @@ def _training(card: Card) -> str:
         ("memory cap", _bytes(plan.memory_cap_bytes)),
         ("planned peak", _bytes(plan.predicted_peak_bytes)),
     ]
-    if plan.measured_peak_bytes is not None:
-        rows.append(("measured peak", _bytes(plan.measured_peak_bytes)))
     rows.append(("plan", f"chunks of {plan.chunk_length:,} tokens, states: {plan.state_policy}"))
-    if (check := card.gradient_check) is not None:
-        against = f"against chunks of {check.compared_with:,}"
-        rows.append(("gradient error", f"{check.relative_error:.1e} {against}"))
-    return "## Training\n\n" + _table(("", ""), rows)
+    if plan.matching is not None:
+        updates, length = plan.matching
+        rows.append(("matching", f"{updates:,} updates of {length:,} tokens to give what softmax attention gave"))
+    note = "The job's certificate has the measured peak and the gradient beside that of another plan."
+    return f"## Training\n\n{_table(('', ''), rows)}\n\n{note}"
 
 
 def _curve(losses: Sequence[CardLoss]) -> str:

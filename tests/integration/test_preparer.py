@@ -154,6 +154,26 @@ def test_a_killed_program_is_tried_again_and_given_up_in_the_end(
     assert row_of(bind, dataset.id).status == "ready"
 
 
+def test_what_takes_too_long_by_its_size_has_failed(
+    bind: Engine, settings: Settings, storage: Storage, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    behave(storage, dataset, "hang")
+    monkeypatch.setattr("worker.preparer.LEAST_SECONDS", 0.5)
+    assert Preparer(bind, settings, "a worker", prepare=FAKE).step()
+    row = row_of(bind, dataset.id)
+    assert (row.status, row.error and row.error["code"]) == ("failed", "preparation_timeout")
+
+
+def test_what_computes_past_its_own_limit_has_failed(
+    bind: Engine, settings: Settings, storage: Storage, dataset: Dataset
+) -> None:
+    hanging = Hanging(bind, settings, behave(storage, dataset, "hang"))
+    os.kill(hanging.pid, signal.SIGXCPU)
+    hanging.join()
+    row = row_of(bind, dataset.id)
+    assert (row.status, row.error and row.error["code"]) == ("failed", "preparation_timeout")
+
+
 def test_a_preparer_that_lost_its_lease_ends_quietly(
     bind: Engine, settings: Settings, dataset: Dataset, hanging: Hanging
 ) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from slim_core.config import OptimizerConfig
 from slim_core.optim import make_optimizer
-from slim_core.weights.card import Card, CardCheck, CardData, CardLoss, CardPlan, render
+from slim_core.weights.card import Card, CardData, CardLoss, CardPlan, render
 from slim_core.weights.checkpoint import save_checkpoint, verify_checkpoint
 from tests.unit.core_support import a_model, small_config
 
@@ -17,11 +17,10 @@ CARD = Card(
     step=40,
     steps=40,
     data=CardData("notes.jsonl", documents=79, tokens=466_196, tokenizer="SmolLM2"),
-    plan=CardPlan(2**30, 900 << 20, 890 << 20, 2_048, 4, 256, "prefix", lora_rank=8),
+    plan=CardPlan(2**30, 900 << 20, 2_048, 4, 256, "prefix", lora_rank=8, matching=(500, 512)),
     base_model="SmolLM2-135M",
     license="apache-2.0",
     losses=[CardLoss(0, validation=2.62), CardLoss(40, 2.1, 2.2)],
-    gradient_check=CardCheck(256, 512, 2.04e-7),
     loads_in_transformers=True,
 )
 
@@ -32,8 +31,8 @@ def test_a_card_says_what_is_known() -> None:
     for line in (
         "| documents | 79 |",
         "| trained | adapters of rank 8 (LoRA), merged |",
-        "| measured peak | 890 MiB (933,232,640 bytes) |",
-        "| gradient error | 2.0e-07 against chunks of 512 |",
+        "| planned peak | 900 MiB (943,718,400 bytes) |",
+        "| matching | 500 updates of 512 tokens to give what softmax attention gave |",
         "| 0 |  | 2.6200 |",
         "| 40 | 2.1000 | 2.2000 |",
         'model = AutoModelForCausalLM.from_pretrained(".")',
@@ -44,11 +43,11 @@ def test_a_card_says_what_is_known() -> None:
 
 
 def test_what_is_not_known_is_left_out() -> None:
-    plan = replace(CARD.plan, lora_rank=None, measured_peak_bytes=None)
+    plan = replace(CARD.plan, lora_rank=None, matching=None)
     data = CardData("notes.jsonl")
-    bare = replace(CARD, plan=plan, data=data, base_model=None, license=None, losses=[], gradient_check=None)
+    bare = replace(CARD, plan=plan, data=data, base_model=None, license=None, losses=[])
     text = render(replace(bare, loads_in_transformers=False))
-    for word in ("None", "## Loss", "gradient error", "measured", "adapter", "transformers", "documents"):
+    for word in ("None", "## Loss", "matching", "adapter", "transformers", "documents"):
         assert word not in text
     assert 'model = load_model(".")' in text.splitlines()
 
