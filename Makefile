@@ -81,6 +81,7 @@ bench: $(INSTALLED)
 
 plan-accuracy: $(INSTALLED)
 	$(BIN)/python -m benchmarks.plan_accuracy
+	$(BIN)/python -m benchmarks.plan_accuracy --attention softmax --count 100
 
 packing: $(INSTALLED)
 	$(BIN)/python -m benchmarks.packing

@@ -1,9 +1,9 @@
 """Plans against what their jobs then need: random job specifications, each run for two steps in a fresh process.
 
-    python -m benchmarks.plan_accuracy [--count 200] [--seed 0] [--out FOLDER] [--draw]
+    python -m benchmarks.plan_accuracy [--count 200] [--seed 0] [--attention softmax] [--out FOLDER] [--draw]
 
-Writes docs/figures/plan_accuracy.json and .png and fills in docs/plan-accuracy.md. The constants of the memory model
-are never fitted to the specifications of seed 0.
+Writes docs/figures/plan_accuracy.json and .png, for Transformers plan_accuracy_softmax.json and .png, and fills in
+docs/plan-accuracy.md. The constants of the memory model are never fitted to the specifications of seed 0.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -43,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--attention", choices=["performer", "softmax"], default="performer")
     parser.add_argument("--out", type=Path, help="folder for everything, in place of docs/ and docs/figures/")
     parser.add_argument("--draw", action="store_true", help="run nothing; write everything again from the record")
     arguments = parser.parse_args()
@@ -52,19 +54,27 @@ def main() -> None:
         folder = arguments.out
         folder.mkdir(parents=True, exist_ok=True)
         page = Path(shutil.copy(page, folder / page.name))
-    path = folder / "plan_accuracy.json"
-    record = json.loads(path.read_text()) if arguments.draw else run(arguments.count, arguments.seed)
+    kind = "" if arguments.attention == "performer" else f"_{arguments.attention}"
+    path = folder / f"plan_accuracy{kind}.json"
+    record = (
+        json.loads(path.read_text()) if arguments.draw else run(arguments.count, arguments.seed, arguments.attention)
+    )
     record = {"targets": targets(record["specifications"]), **{k: v for k, v in record.items() if k != "targets"}}
     path.write_text(json.dumps(record, indent=1) + "\n")
-    blocks = {"targets": targets_table(record["targets"]), "summary": _summary(record), "groups": _groups(record)}
-    page.write_text(fill(page.read_text(), blocks))
-    _draw(record["specifications"], folder / "plan_accuracy.png")
+    picture = path.with_suffix(".png")
+    blocks = {
+        "targets": targets_table(record["targets"]),
+        "summary": _summary(record, picture.name),
+        "groups": _groups(record),
+    }
+    page.write_text(fill(page.read_text(), {f"{name}{kind}": text for name, text in blocks.items()}))
+    _draw(record["specifications"], picture)
     for target in record["targets"]:
         print("met   " if target["met"] else "MISSED", target["name"], target["value"], target["unit"], target["bar"])
-    print(f"written: {page}, {path}, and the figure in {folder}")
+    print(f"written: {page}, {path}, {picture}")
 
 
-def run(count: int, seed: int) -> Record:
+def run(count: int, seed: int, attention: str) -> Record:
     """`count` specifications, one after the other, planned with a calibration that is measured first."""
     threads = os.cpu_count() or 1
     os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))  # as a worker with several slots
@@ -74,18 +84,24 @@ def run(count: int, seed: int) -> Record:
         source = Path(folder) / "data.txt"
         source.write_text("\n".join(topics.values()))
         data = make_tokens(source)
-        for number, (workload, cap) in zip(range(count), specifications(seed, calibration), strict=False):
+        drawn = specifications(seed, calibration, attention)
+        for number, (workload, cap) in zip(range(count), drawn, strict=False):
             records.append(measured(workload, cap, calibration, data))
             shown = [f"{records[-1][name]:.3f}" for name in ("peak_ratio", "time_ratio")]
             progress(f"{number + 1}/{count}", *shown, records[-1]["plan"]["chunk_length"], workload)
     return {"machine": machine(), "seed": seed, "calibration": calibration.to_json(), "specifications": records}
 
 
-def specifications(seed: int, calibration: Calibration) -> Iterator[tuple[Workload, int]]:
+def specifications(seed: int, calibration: Calibration, attention: str = "performer") -> Iterator[tuple[Workload, int]]:
     """Workloads and caps, without end, the same for the same seed but for what the calibration's speed rules out."""
     source = random.Random(seed)  # noqa: S311  # no secret
     while True:
-        workload = Workload(_model(source), _train(source))
+        if attention == "performer":
+            workload = Workload(_performer(source), _train(source))
+        else:
+            model = _transformer(source)
+            length = int(2 ** source.uniform(6, 12.5))
+            workload = Workload(model, replace(_train(source), sequence_length=length))
         free = plan_job(workload, NO_CAP, calibration)
         lowest, highest = free.minimum_cap_bytes, max(free.unchunked_peak_bytes, free.minimum_cap_bytes)
         cap = int(lowest * (1.02 * highest / lowest) ** source.random()) + 1
@@ -94,7 +110,7 @@ def specifications(seed: int, calibration: Calibration) -> Iterator[tuple[Worklo
             yield workload, cap
 
 
-def _model(source: random.Random) -> ModelConfig:
+def _performer(source: random.Random) -> ModelConfig:
     width = source.choice([64, 128, 192, 256, 384, 512, 768])
     feature_map = source.choice(FEATURE_MAPS)
     positions = source.choice(["sinusoidal", "sinusoidal", "rotary", "none", "concatenated"])
@@ -112,6 +128,32 @@ def _model(source: random.Random) -> ModelConfig:
         output_projection=source.random() < 0.5,
         attention_bias=source.random() < 0.2,
         tied_embeddings=positions != "concatenated" and source.random() < 0.3,
+    )
+
+
+def _transformer(source: random.Random) -> ModelConfig:
+    """Of the Llama family or GPT-2's, as they are uploaded."""
+    width = source.choice([64, 128, 192, 256, 384, 512, 768])
+    heads = width // source.choice([32, 64])
+    llama = source.random() < 0.7
+    groups = [count for count in (1, 2, 3, 4, heads) if heads % count == 0]
+    return ModelConfig(
+        attention="softmax",
+        num_layers=source.randint(1, 6),
+        model_width=width,
+        num_heads=heads,
+        num_kv_heads=source.choice(groups) if llama else None,
+        mlp_width=width * source.choice([2, 3, 4]),
+        vocab_size=source.choice([257, 8_000, 32_000, 49_152]),
+        norm_type="rms" if llama else "layer",
+        activation="swiglu" if llama else "gelu_tanh",
+        mlp_bias=not llama,
+        positions="rotary" if llama else "learned",
+        max_positions=None if llama else 1 << 13,
+        attention_bias=not llama or source.random() < 0.2,
+        output_bias=not llama,
+        scaled_embeddings=False,
+        tied_embeddings=source.random() < 0.7,
     )
 
 
@@ -162,7 +204,7 @@ def targets(records: list[Record]) -> list[Target]:
     ]
 
 
-def _summary(record: Record) -> str:
+def _summary(record: Record, picture: str) -> str:
     where = record["machine"]
     processor = f"{where['cpu']}, {where['threads']} threads, {where['memory_gib']} GiB, torch {where['torch']}"
     count = len(record["specifications"])
@@ -172,7 +214,7 @@ def _summary(record: Record) -> str:
         for name in ("float32", "bfloat16")
     )
     conditions = f"{count} specifications of seed {record['seed']} on {processor}. Large products: {rates}."
-    return f"{conditions}\n\n![Measured against predicted peak memory and step time](figures/plan_accuracy.png)"
+    return f"{conditions}\n\n![Measured against predicted peak memory and step time](figures/{picture})"
 
 
 def _groups(record: Record) -> str:
@@ -180,7 +222,9 @@ def _groups(record: Record) -> str:
     records = record["specifications"]
     groups = {
         "all": records,
-        **{f"features {name}": [r for r in records if r["model"]["feature_map"] == name] for name in FEATURE_MAPS},
+        **{f"features {name}": [r for r in records if _features(r["model"]) == name] for name in FEATURE_MAPS},
+        "Llama": [r for r in records if r["model"]["norm_type"] == "rms"],
+        "GPT-2": [r for r in records if r["model"]["attention"] == "softmax" and r["model"]["norm_type"] == "layer"],
         **{
             f"optimiser {name}": [r for r in records if r["train"]["optimizer"]["name"] == name]
             for name in ("adamw", "adafactor", "sgd")
@@ -202,6 +246,10 @@ def _groups(record: Record) -> str:
         if members
     ]
     return table(head, rows)
+
+
+def _features(model: Record) -> str | None:
+    return model["feature_map"] if model["attention"] == "performer" else None
 
 
 def _spread(records: list[Record], name: str) -> list[str]:
