@@ -191,7 +191,7 @@ def run_steps(folder: Path, plan: Record) -> dict[str, Record]:
     methods: dict[str, Record] = {
         OWN: {"method": "slim", "chunk_length": plan["chunk_length"], "planned_bytes": planned},
         UNCHUNKED: {"method": "slim", "chunk_length": SEQUENCE_LENGTH, "planned_bytes": unchunked},
-        LAYERS: {"method": "checkpoint_layers", "chunk_length": SEQUENCE_LENGTH, "planned_bytes": None},
+        LAYERS: {"method": "checkpoint_layers", "chunk_length": SEQUENCE_LENGTH, "planned_bytes": planned},
         PEER: {"method": "transformers", "planned_bytes": None},
         PEER_LAYERS: {"method": "transformers_checkpoint", "planned_bytes": None},
     }
@@ -217,10 +217,8 @@ def _step(folder: Path, method: Record) -> Record:
     text = "\n\n".join(topics[name] for name in sorted(topics))[: 16 * SEQUENCE_LENGTH]
     spec = {**method, "folder": str(folder), "text": text, "tokens": SEQUENCE_LENGTH, "threads": threads}
     command = [sys.executable, "-m", "benchmarks.smollm2_step", json.dumps({**spec, "steps": STEPS_A_ROUND})]
-    # A job's allocator keeps what is idle up to its plan; what has none has the system's, as its users do.
-    planned = method["planned_bytes"] is not None
-    environment = trainer_environment(threads) if planned else {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    # A trainer's allocator for all of them: with the system's, those that have no plan hold a third more.
+    environment = trainer_environment(threads) | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, cwd=ROOT, check=False, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{method}: {done.stderr[-2000:]}")
