@@ -33,7 +33,7 @@ from worker.environment import trainer_environment
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SEQUENCE_LENGTH = 2_048
-STEPS = 16
+STEPS = 24
 HELD_OUT = 0.1
 EXCEEDED = 3.0
 """How many times the ordinary step should exceed the cap."""
