@@ -29,7 +29,7 @@ DESCRIPTION = """Fine-tuning jobs under a hard memory budget: give a cap, get a 
 and the checkpoints. Errors are problem details (RFC 9457) with a stable `code`."""
 
 CHECKS_AT_ONCE = 2
-"""Of uploaded models and tokenizers: each may take the memory of a preparer."""
+"""Of uploaded models and tokenizers: each has a process of its own with up to a gigabyte."""
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:

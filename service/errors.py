@@ -194,14 +194,19 @@ class UploadExpandsTooFarError(ServiceError):
     code = "upload_expands_too_far"
 
     def __init__(self, limit_bytes: int, max_ratio: int | None = None) -> None:
-        """With `max_ratio` it is the ratio that is too large."""
-        super().__init__(
-            f"The file expands to more than {f'{max_ratio} times its size' if max_ratio else f'{limit_bytes} bytes'}.",
-            max_expanded_bytes=limit_bytes,
-            hint="send it without compression"
-            if max_ratio
-            else "split the file, or have SLIMTUNE_MAX_EXPANDED_BYTES raised",
-        )
+        """With `max_ratio` it is the ratio that is too large, at some point of the file."""
+        if max_ratio is None:
+            super().__init__(
+                f"The file expands to more than {limit_bytes} bytes.",
+                max_expanded_bytes=limit_bytes,
+                hint="split the file, or have SLIMTUNE_MAX_EXPANDED_BYTES raised",
+            )
+        else:
+            super().__init__(
+                f"A beginning of the file expands to more than {max_ratio} times its size.",
+                max_ratio=max_ratio,
+                hint="send it without compression, split if need be",
+            )
 
 
 class DatasetInUseError(ServiceError):

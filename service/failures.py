@@ -35,7 +35,7 @@ PREPARATION_HINTS: dict[str, str] = {
     "document_too_large": "split the longest document, or have SLIMTUNE_PREPARER_MEMORY_BYTES raised",
     "disk_full": "free space in the data directory: it is tried again by itself",
     "preparation_crashed": "read the worker's log; POST /datasets/{id}/tokenizations, or another upload, tries again",
-    "preparation_timeout": "split the dataset, or have SLIMTUNE_PREPARER_SECONDS raised",
+    "preparation_timeout": "send a smaller file or a simpler template; the largest may take SLIMTUNE_PREPARER_SECONDS",
     "worker_lost": HINTS["worker_lost"],
 }
 """The same for what the preparer does in the background."""

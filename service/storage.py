@@ -128,13 +128,12 @@ class Storage:
         try:
             self.path(relative).rename(doomed)
         except FileNotFoundError:
-            self.trust(relative)
-            return
+            return  # what is in doubt stays so: its files may come yet, from a process that has not heard
         self.trust(relative)
         shutil.rmtree(doomed, ignore_errors=True)
 
     def doubt(self, relative: str) -> None:
-        """From now on, until `trust` or `remove`, whether the folder has a row is in doubt: see service/uploads.py.
+        """Whether the folder has a row is in doubt (service/uploads.py) until `trust`, or `remove` has removed it.
 
         No power cut takes that back. Raises StorageFullError.
         """

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sqlalchemy import Engine, Select, exists, or_, select
-from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
 from service import database
+from service.errors import StorageFullError
 from service.models import Checkpoint, Dataset, Model, Tokenizer
 from service.storage import Storage
 
@@ -21,24 +21,47 @@ DOUBT_SECONDS = 3_600.0
 logger = logging.getLogger(__name__)
 
 
+class FilesGoneError(Exception):
+    """The files of a row that was about to come are not there any more."""
+
+
 @contextmanager
 def recorded(bind: Engine, files: Storage, folder: str, commit: Callable[[], None]) -> Iterator[Session]:
     """Have `commit` put the files into `folder`, relative to the data folder; then the transaction that adds their row.
     Both are there in the end, or neither.
 
-    Where this process or the database dies meanwhile, which of them is there is in doubt until `settle` looks.
+    Where this process or the database dies meanwhile, which of them is there is in doubt until `settle` looks. Raises
+    StorageFullError, and FilesGoneError where this process stood still for so long that `settle` has looked.
     """
     files.doubt(folder)
+    committing = False
     try:
         commit()
         with database.transaction(bind) as session:
             yield session
-    except (OperationalError, InterfaceError):
-        raise  # it may be committed without our having heard of it
+            session.flush()
+            _check_there(files, folder)
+            committing = True
     except BaseException:
-        files.remove(folder)
+        if not committing:  # else it may be committed without our having heard of it
+            files.remove(folder)
+            files.trust(folder)
         raise
     files.trust(folder)
+
+
+def _check_there(files: Storage, folder: str) -> None:
+    if not files.path(folder).exists():
+        raise FilesGoneError(folder)
+
+
+def leave(files: Storage, folder: str) -> None:
+    """Before a transaction that deletes the row of a folder, which is to be removed after it. A full disk, which this
+    may be to make room on, keeps nobody from that: only what a crash leaves then stays."""
+    try:
+        files.doubt(folder)
+    except StorageFullError:
+        logger.warning("%s: no space to note that its row goes", folder)
 
 
 def settle(bind: Engine, files: Storage, older_than_seconds: float = DOUBT_SECONDS) -> list[str]:
@@ -52,6 +75,7 @@ def settle(bind: Engine, files: Storage, older_than_seconds: float = DOUBT_SECON
         else:
             logger.warning("%s has no row: removed", folder)
             files.remove(folder)
+            files.trust(folder)
             removed.append(folder)
     return removed
 

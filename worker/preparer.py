@@ -27,6 +27,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from service import database, preparations
+from service.compression import MAX_RATIO
 from service.errors import PreparationFencedError
 from service.failures import preparation_error
 from service.preparations import Preparation
@@ -46,8 +47,10 @@ STOP_SECONDS = 5.0
 """How long the end of a worker waits for its preparer."""
 LEAST_SECONDS = 600.0
 SLOWEST_BYTES = 20_000
-"""A second, of a file: work on it may take so long beyond LEAST_SECONDS. It is 70 times slower than a BPE tokenizer on
-one core, and keeps a chat template that never ends from holding everybody's preparations."""
+"""Of text, a second: work on it may take so long beyond LEAST_SECONDS. It is 70 times as long as a BPE tokenizer takes
+on one core. Without it a small file whose chat template never ends would hold everybody's preparations for hours."""
+_PACKED = (".gz", ".zst", ".parquet")
+"""Endings of files that hold up to `MAX_RATIO` times their size."""
 CHECK_SECONDS = 120.0
 """How long a tokenizer may take to be looked at."""
 _LOG_BYTES = 8_192
@@ -203,7 +206,9 @@ class Preparer:
         return str(self._storage.path(work.source_path))
 
     def _limit_seconds(self, work: Preparation) -> float:
-        size = Path(self._source(work)).stat().st_size
+        """By the size of the source."""
+        source = Path(self._source(work))
+        size = source.stat().st_size * (MAX_RATIO if source.suffix in _PACKED else 1)
         return min(self._settings.preparer_seconds, LEAST_SECONDS + size / SLOWEST_BYTES)
 
     def _child(

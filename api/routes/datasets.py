@@ -11,7 +11,7 @@ from api.problems import documented
 from api.responses import DatasetResponse, Page, TokenizationResponse
 from api.schemas import TOKENIZATION_EXAMPLES, TokenizationRequest
 from api.uploads import receive_upload
-from service import datasets
+from service import datasets, uploads
 from service.datasets import DatasetUpload
 
 router = APIRouter(prefix="/datasets", tags=["datasets"])
@@ -113,5 +113,5 @@ def tokenize(
 def delete(dataset_id: str, session: SessionDep, context: ContextDep, background: BackgroundTasks) -> None:
     """With its tokens. Refused while a job that is not finished reads it, or a tokenizer is trained on it."""
     folder = datasets.delete(session, dataset_id)
-    context.storage.doubt(folder)
+    uploads.leave(context.storage, folder)
     background.add_task(context.storage.remove, folder)

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, BackgroundTasks, Query, Request, Response
+from starlette.concurrency import run_in_threadpool
 
 from api.dependencies import ContextDep, Limit, SessionDep
 from api.model_check import check_model
 from api.problems import documented
 from api.responses import ModelResponse, Page
 from api.uploads import receive_files
-from service import base_models
+from service import base_models, uploads
 from service.errors import BuiltinModelError
 from service.model_uploads import ACCEPTED, MAX_FILES, ModelUpload
 from slim_core.config import BUILTIN_MODELS
@@ -64,7 +65,7 @@ async def upload(request: Request, response: Response, context: ContextDep) -> M
     def store(sink: ModelUpload, name: str | None) -> ModelResponse:
         return ModelResponse.of_row(sink.store(context.engine, name, check))
 
-    sink = ModelUpload(context.storage, settings.max_model_bytes)
+    sink = await run_in_threadpool(ModelUpload, context.storage, settings.max_model_bytes)
     model = await receive_files(request, sink, store, MAX_FILES, limiter=context.check_limiter)
     response.headers["Location"] = f"/models/{model.id}"
     return model
@@ -99,5 +100,5 @@ def delete(model_id: str, session: SessionDep, context: ContextDep, background: 
     if model_id in BUILTIN_MODELS:
         raise BuiltinModelError(model_id)
     folder = base_models.delete(session, model_id)
-    context.storage.doubt(folder)
+    uploads.leave(context.storage, folder)
     background.add_task(context.storage.remove, folder)

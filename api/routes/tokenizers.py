@@ -16,7 +16,7 @@ from api.problems import documented
 from api.responses import Page, TokenizerResponse
 from api.schemas import TrainTokenizerRequest
 from api.uploads import receive_files
-from service import database, datasets, tokenizers
+from service import database, datasets, tokenizers, uploads
 from service.tokenizers import FILES, TokenizerUpload
 
 router = APIRouter(prefix="/tokenizers", tags=["tokenizers"])
@@ -115,7 +115,7 @@ def get(tokenizer_id: str, session: SessionDep) -> TokenizerResponse:
 def delete(tokenizer_id: str, session: SessionDep, context: ContextDep, background: BackgroundTasks) -> None:
     """Refused while a job that is not finished, or a dataset that is being prepared, needs it."""
     folder = tokenizers.delete(session, tokenizer_id)
-    context.storage.doubt(folder)
+    uploads.leave(context.storage, folder)
     background.add_task(context.storage.remove, folder)
 
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import AbstractContextManager
+from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, create_engine, select
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
 from service import database, uploads
 from service.datasets import DatasetUpload
 from service.errors import NotFoundError
 from service.ids import new_id
-from service.models import Dataset
-from service.storage import Storage
+from service.models import Checkpoint, Dataset, Job, Model, Tokenizer
+from service.storage import Storage, attempt_dir, tokenizer_dir
+from service.uploads import FilesGoneError
 
 HOUR = 3_600
 
@@ -84,16 +88,51 @@ def test_a_lost_answer_to_commit_loses_no_file(
     assert doubts(storage) == []
 
 
-def test_files_whose_process_died_before_their_row_go(bind: Engine, storage: Storage) -> None:
-    dataset = new_id("ds")
+def test_where_no_commit_was_begun_nothing_is_kept(bind: Engine, storage: Storage) -> None:
+    away = create_engine(bind.url.set(host="127.0.0.1", port=1, query={}))
+    with pytest.raises(OperationalError):
+        send(away, storage)
+    assert folders(storage) == doubts(storage) == []
+
+
+def begin(bind: Engine, storage: Storage, dataset: str) -> AbstractContextManager[Session]:
+    """What has put the file in its place and waits before its row."""
     path = storage.path(f"datasets/{dataset}/data.txt")
     with storage.upload(100) as upload:
         recording = uploads.recorded(bind, storage, f"datasets/{dataset}", lambda: upload.commit(path))
-        recording.__enter__()  # and nobody leaves that block
+        recording.__enter__()
+    return recording
+
+
+def test_files_whose_process_died_before_their_row_go(bind: Engine, storage: Storage) -> None:
+    dataset = new_id("ds")
+    died = begin(bind, storage, dataset)
     assert folders(storage) == [dataset]
     age(storage, HOUR + 60)
     assert uploads.settle(bind, storage) == [f"datasets/{dataset}"]
     assert folders(storage) == []
+    with pytest.raises(FilesGoneError):  # it did not die, but stood still: then no row comes
+        died.__exit__(None, None, None)
+
+
+def test_what_has_a_row_is_kept(bind: Engine, storage: Storage, job: Job) -> None:
+    upload, converted, output, tokenizer = new_id("model"), new_id("model"), new_id("model"), new_id("tok")
+    outputs, checkpoint = (f"{attempt_dir(job.id, 1)}/step-{step:08d}" for step in (2, 1))
+    described: dict[str, Any] = {"name": "a", "status": "ready", "config": {}, "layout": "slimtune"}
+    with database.transaction(bind) as session:
+        session.add(Model(id=upload, kind="upload", path=f"models/{upload}", **described))
+        session.add(Model(id=converted, kind="upload", path=f"models/{converted}/converted", **described))
+        session.add(Model(id=output, kind="output", job_id=job.id, step=2, path=outputs, **described))
+        session.add(Checkpoint(job_id=job.id, step=1, attempt=1, files=[], path=checkpoint))
+        session.add(Tokenizer(id=tokenizer, name="a", source="upload", status="pending", path=tokenizer_dir(tokenizer)))
+    kept = [f"models/{upload}", f"models/{converted}", outputs, checkpoint, f"tokenizers/{tokenizer}"]
+    for folder in [*kept, "models/model_of_nobody"]:
+        storage.make_folder(folder)
+        storage.doubt(folder)
+    age(storage, HOUR + 60)
+    assert uploads.settle(bind, storage) == ["models/model_of_nobody"]
+    assert [storage.path(folder).is_dir() for folder in kept] == [True] * len(kept)
+    assert doubts(storage) == []
 
 
 def test_what_is_being_deleted_is_in_doubt_until_it_is_gone(

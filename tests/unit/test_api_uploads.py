@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Self
 
 import anyio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.requests import Request
+from starlette.types import Message
 
 from api import uploads
 from api.errors import InvalidRequestError, UploadStalledError
@@ -31,6 +37,79 @@ def test_an_upload_that_stalls_is_given_up(monkeypatch: pytest.MonkeyPatch) -> N
 
     with pytest.raises(UploadStalledError):
         anyio.run(read_two)
+
+
+class Closing:
+    """A sink that says in which thread it is closed, and what it was told."""
+
+    thread: int
+    told: type[BaseException] | None
+
+    def begin(self, filename: str) -> None: ...
+
+    def write(self, data: bytes) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.thread, self.told = threading.get_ident(), kind
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_what_is_refused_or_given_up_is_removed_in_a_thread(cancelled: bool) -> None:
+    sink = Closing()
+
+    async def receive() -> None:
+        with anyio.CancelScope() as scope:
+            async with uploads._in_threads(sink):
+                if not cancelled:
+                    raise UploadStalledError(1.0)
+                scope.cancel()
+                await anyio.sleep(30)
+
+    if cancelled:
+        anyio.run(receive)
+    else:
+        with pytest.raises(UploadStalledError):
+            anyio.run(receive)
+    assert sink.told is not None
+    assert (sink.told is UploadStalledError) is not cancelled
+    assert sink.thread != threading.get_ident()
+
+
+def test_checks_wait_for_each_other() -> None:
+    """Three uploads of which one may be stored at a time: no two of them are, and all are in the end."""
+    at_once: list[int] = []
+    running = 0
+
+    def store(_sink: Closing, _name: str | None) -> str:
+        nonlocal running
+        running += 1
+        time.sleep(0.02)
+        at_once.append(running)
+        running -= 1
+        return "stored"
+
+    async def receive(limiter: anyio.CapacityLimiter) -> None:
+        content = body(part("file", b"text", "a.txt"))
+        scope = {"type": "http", "headers": [(b"content-type", TYPE.encode())]}
+
+        async def message() -> Message:
+            return {"type": "http.request", "body": content, "more_body": False}
+
+        assert await uploads.receive_files(Request(scope, message), Closing(), store, 1, limiter=limiter) == "stored"
+
+    async def all_of_them() -> None:
+        limiter = anyio.CapacityLimiter(1)
+        async with anyio.create_task_group() as group:
+            for _ in range(3):
+                group.start_soon(receive, limiter)
+
+    anyio.run(all_of_them)
+    assert at_once == [1, 1, 1]
 
 
 def part(name: str, content: bytes, filename: str | None = None) -> bytes:
