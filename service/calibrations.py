@@ -44,6 +44,15 @@ def store(session: Session, device: str, worker: str, data: dict[str, Any]) -> i
     return record.version
 
 
+def of_machine(session: Session, machine: str, younger_than_seconds: float) -> dict[str, Any] | None:
+    """The current calibration as JSON, where it is of this `machine` (slim_core's Calibration) and so young."""
+    newest = _newest(session)
+    if newest is None or newest.data.get("machine") != machine:
+        return None
+    age = session.scalar(select(func.extract("epoch", func.clock_timestamp() - newest.created_at)))
+    return newest.data if age is not None and age < younger_than_seconds else None
+
+
 def current(session: Session) -> dict[str, Any] | None:
     """The calibration that was stored last as JSON, whatever its device; None if no worker has reported."""
     newest = _newest(session)

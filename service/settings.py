@@ -46,6 +46,8 @@ class Settings(DatabaseSettings):
     max_expanded_bytes: int = Field(default=64 * 1024**3, ge=1)
     """Largest text that a compressed dataset file may stand for."""
     trainer_threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
+    calibration_seconds: float = Field(default=86_400, ge=0, allow_inf_nan=False)
+    """Age from which a worker that starts measures its machine again; 0: always."""
     worker_slots: int = Field(default=4, ge=1, le=64)
     """Jobs that one device runs at once, at most; the sum of their caps is the other limit."""
     device_memory_bytes: int | None = Field(default=None, ge=1)

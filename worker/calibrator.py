@@ -1,12 +1,14 @@
-"""Measure the machine once per worker start, in a child process, and keep what it says for the planner."""
+"""Measure the machine when a worker starts, in a child process, and keep what it says for the planner."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import logging
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from sqlalchemy import Engine
 
@@ -30,6 +32,21 @@ logger = logging.getLogger(__name__)
 
 class CalibrationError(Exception):
     """The measuring process failed; the message carries the end of its log."""
+
+
+def _machine(device: str, threads: int) -> str:
+    """As `Calibration.machine`."""
+    heap = "with" if "LD_PRELOAD" in allocator_environment() else "without"
+    return f"{device}, {threads} threads, torch {importlib.metadata.version('torch')}, {heap} the heap of tensors"
+
+
+def _known(bind: Engine, machine: str, younger_than_seconds: float) -> Calibration | None:
+    with transaction(bind) as session:
+        stored = calibrations.of_machine(session, machine, younger_than_seconds)
+    try:
+        return None if stored is None else Calibration.from_json(stored)
+    except (TypeError, ValueError):  # of a release that measured something else
+        return None
 
 
 def measure(threads: int, command: Sequence[str] = CALIBRATE_COMMAND) -> Calibration:
@@ -57,7 +74,8 @@ def measure(threads: int, command: Sequence[str] = CALIBRATE_COMMAND) -> Calibra
 def calibrate(
     bind: Engine, settings: Settings, worker: str, command: Sequence[str] = CALIBRATE_COMMAND
 ) -> Calibration | None:
-    """Measure and store; None, with the reason in the log, where that was not possible.
+    """Measure and store, unless this machine was measured lately; None, with the reason in the log, where that was not
+    possible.
 
     A worker works without: the planner falls back to the last stored calibration, or to cautious defaults. While a
     trainer runs on this device nothing is measured: the numbers would be those of half a machine.
@@ -68,7 +86,11 @@ def calibrate(
             if not idle:
                 logger.info("not calibrated: the device is in use")
                 return None
-            calibration = measure(settings.trainer_threads, command)
+            machine = _machine(device, settings.trainer_threads)
+            if (known := _known(bind, machine, settings.calibration_seconds)) is not None:
+                logger.info("calibrated before: %s", known.source)
+                return known
+            calibration = replace(measure(settings.trainer_threads, command), machine=machine)
         with transaction(bind) as session:
             calibrations.store(session, calibration.device, worker, calibration.to_json())
     except Exception:

@@ -13,7 +13,7 @@ StatePolicy = Literal["keep", "reverse", "stride", "prefix"]
 
 @dataclass(frozen=True, slots=True)
 class Calibration(_Json):
-    """What one machine can do, measured once per worker start (`slim_core.calibrate`)."""
+    """What one machine can do, measured when a worker starts (`slim_core.calibrate`)."""
 
     source: str
     """Where the numbers come from: `measured ...` or `default` (no worker has reported yet)."""
@@ -34,6 +34,8 @@ class Calibration(_Json):
     """By how much steps of this model took longer than the numbers above say, in jobs that have finished."""
     peak_excess_bytes: int = 0
     """What jobs of this model held beyond the memory model."""
+    machine: str = ""
+    """What was measured: the machine since its last start, its software and threads; empty where nobody has said."""
     version: int = 0
     """Where it is stored, among those of the device; 0 for one that is not."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -9,11 +10,15 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from sqlalchemy import func, select, update
 
-from service import queue
+from service import calibrations, database, queue
+from service.models import CalibrationRecord
+from service.settings import Settings
 from slim_core.planning import Calibration, default_calibration
 from tests.integration.fake_trainer import loss_at
 from tests.integration.stage import ROOT, Stage, alive, open_stage, parent_of, wait_for
@@ -113,10 +118,41 @@ CALIBRATION = replace(default_calibration(), source="measured by a test", runtim
 
 def test_a_calibration_is_measured_and_stored(stage: Stage) -> None:
     program = f"import json; print('noise'); print(json.dumps({CALIBRATION.to_json()!r}))"
-    assert calibrate(stage.bind, stage.settings, "w", [sys.executable, "-c", program]) == CALIBRATION
+    measured = calibrate(stage.bind, stage.settings, "w", [sys.executable, "-c", program])
+    assert measured is not None
+    assert replace(measured, machine="") == CALIBRATION
     stored = stage.calibration()
     assert stored is not None
-    assert Calibration.from_json(stored) == CALIBRATION
+    assert Calibration.from_json(stored) == measured
+
+
+def test_a_worker_that_starts_again_uses_what_was_measured(stage: Stage) -> None:
+    """Until it is a day old, another number of threads is wanted, or another machine has measured itself."""
+
+    def measures(settings: Settings) -> bool:
+        source = f"measurement {next(numbers)}"
+        program = f"import json; print(json.dumps({replace(CALIBRATION, source=source).to_json()!r}))"
+        calibration = calibrate(stage.bind, settings, "w", [sys.executable, "-c", program])
+        assert calibration is not None
+        assert replace(calibration, machine="") == replace(CALIBRATION, source=calibration.source)
+        return calibration.source == source
+
+    numbers = itertools.count()
+    more_threads = stage.settings.model_copy(update={"trainer_threads": stage.settings.trainer_threads + 1})
+    assert [measures(stage.settings) for _ in range(3)] == [True, False, False]
+    assert measures(stage.settings.model_copy(update={"calibration_seconds": 0.0}))
+    assert measures(more_threads)
+    assert measures(stage.settings)
+    with database.transaction(stage.bind) as session:
+        calibrations.store(session, "cpu", "another", replace(CALIBRATION, machine="another").to_json())
+    assert measures(stage.settings)
+    with database.transaction(stage.bind) as session:
+        session.execute(update(CalibrationRecord).values(created_at=func.now() - timedelta(days=1)))
+    assert measures(stage.settings)
+    with database.transaction(stage.bind) as session:  # of a release that measured something else
+        for record in session.scalars(select(CalibrationRecord)):
+            record.data = {name: value for name, value in record.data.items() if name != "float32"}
+    assert measures(stage.settings)
 
 
 def test_a_calibration_that_fails_is_no_obstacle(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
