@@ -17,11 +17,6 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-@pytest.fixture(scope="module")
-def home(scratch: Path) -> Path:
-    return scratch / "demo-home"
-
-
 def start(home: Path, steps: int) -> subprocess.Popen[str]:
     ours = ("DATABASE_URL", "REDIS_URL", "SLIMTUNE_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}

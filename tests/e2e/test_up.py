@@ -23,12 +23,6 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def home(scratch: Path) -> Path:
-    """One folder for all tests of this file: each must leave it fit for another start."""
-    return scratch / "up"
-
-
 def command(home: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "cli.main", "up", "--home", str(home), *options]
 
@@ -107,7 +101,7 @@ def test_is_ready_refuses_a_second_one_and_stops_everything_on_ctrl_c(home: Path
         assert running.wait() == 0
         assert running.left(0.5) == []
         assert running.output.endswith("stopped\n")
-    assert {path.name for path in home.iterdir()} == {"data", "lock", "logs", "servers"}
+    assert {path.name for path in home.iterdir()} - {"demo"} == {"data", "lock", "logs", "servers"}
     logs = {path.stem for path in (home / "logs").glob("*.log")}
     assert logs == {"api", "migration", "postgresql", "redis", "sweeper", "worker"}
 
