@@ -102,7 +102,9 @@ def run(steps: int, job: Record | None = None) -> Record:
     return {"machine": machine(), "sequence_length": SEQUENCE_LENGTH, "job": job, "steps": took}
 
 
-def run_job(scratch: Path, steps: int, say: Callable[..., None] = progress) -> Record:
+def run_job(
+    scratch: Path, steps: int, sequence_length: int = SEQUENCE_LENGTH, say: Callable[..., None] = progress
+) -> Record:
     """Upload, plan, train, download into `scratch`/model, sample; through nothing but the REST API."""
     with Stack(Options(scratch / "home", port=0), say) as stack, Client(stack.url, timeout_seconds=120.0) as client:
         model_id = _upload_model(client, stack.check, say)
@@ -115,7 +117,7 @@ def run_job(scratch: Path, steps: int, say: Callable[..., None] = progress) -> R
             "validation_fraction": HELD_OUT,
             "evaluate_every": max(1, steps // 4),
             "evaluate_sequences": 4,
-            "sequence_length": SEQUENCE_LENGTH,
+            "sequence_length": sequence_length,
             "steps": steps,
             "method": {"type": "lora", "rank": 8, "alpha": 16.0, "targets": ["query", "key_value"]},
             "optimizer": {"name": "adamw", "learning_rate": 1e-3, "weight_decay": 0.0},

@@ -41,16 +41,16 @@ def _steps(axes: Any, record: dict[str, Any]) -> None:
         seconds = record["steps"][name]["step_seconds"]
         axes.text(peak, place, f" {peak:,.0f} MiB, {seconds:.1f} s", va="center", fontsize=9)
     axes.set_yticks(list(places), names, fontsize=9)
-    axes.set_xlim(0, max(peaks) * 1.3)
+    axes.set_xlim(0, max(peaks) * 1.45)
     axes.set_xlabel("peak memory of the process, MiB; seconds a step")
     length = record["sequence_length"]
-    axes.set_title(f"One step of LoRA on SmolLM2-135M, {length:,} tokens", loc="left", fontsize=10, pad=18)
+    axes.set_title(f"One step of LoRA on SmolLM2-135M, {length:,} tokens", loc="left", fontsize=10, pad=22)
 
 
 def _losses(axes: Any, job: dict[str, Any]) -> None:
-    axes.plot(*zip(*job["losses"], strict=True), color=_OTHER, linewidth=1.2, label="training, each step")
-    axes.plot(*zip(*job["validation"], strict=True), "o-", color=_OWN, label="held-out documents")
+    axes.plot(*zip(*job["losses"], strict=True), color=_OTHER, linewidth=1.2, label="training")
+    axes.plot(*zip(*job["validation"], strict=True), "o-", color=_OWN, label="held-out")
     axes.set_xlabel("optimiser steps")
     axes.set_ylabel("nats per token")
-    axes.legend(frameon=False, fontsize=9)
-    axes.set_title("What the job learnt", loc="left", fontsize=10, pad=18)
+    axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0.0, 0.99), ncols=2, borderaxespad=0.0)
+    axes.set_title("What the job learnt", loc="left", fontsize=10, pad=22)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.smollm2 import QUESTION, run_job
 from slim_core import load_model
 from slim_core.reference import reference_logits
 from slim_core.weights.folder import check_folder
@@ -75,3 +76,23 @@ def test_its_tokenizer_has_a_chat_template_and_splits_numbers(tokenizer: Any) ->
     assert tokenizer.eos_token == "<|im_end|>"
     text = "naïve 東京\t\n  ¿qué?  🙂"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+@pytest.mark.timeout(900)
+def test_a_job_trains_it_under_its_cap_and_transformers_has_what_comes_out(tmp_path: Path) -> None:
+    """As `make demo-smollm2`, with shorter sequences: the service is started, and everything asked of its API."""
+    job = run_job(tmp_path, steps=4, sequence_length=512)
+    plan = job["plan"]
+    assert plan["num_chunks"] > 1
+    assert job["cap_bytes"] < plan["unchunked_peak_bytes"]
+    assert 0.9 * plan["predicted_peak_bytes"] <= job["measured_peak_bytes"] <= job["cap_bytes"]
+    assert job["gradient_check"]["relative_error"] < 1e-4
+    steps, losses = zip(*job["validation"], strict=True)
+    assert (steps[0], steps[-1]) == (0, 4)
+    assert losses[-1] < losses[0] < 4
+    assert "Berlin" in job["samples"][QUESTION]
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokens = tokenizer(QUESTION, return_tensors="pt").input_ids
+    answer = tokenizer.decode(model.generate(tokens, max_new_tokens=40, do_sample=False)[0])
+    assert answer.startswith(job["samples"][QUESTION][:60])
