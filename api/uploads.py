@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 from anyio import CancelScope, CapacityLimiter, fail_after, to_thread
 from python_multipart import MultipartParser
@@ -28,6 +28,12 @@ STALL_SECONDS = 60.0
 
 # It logs each part at debug level and bytes that it skips at warning level: a client could fill the log.
 logging.getLogger("python_multipart").setLevel(logging.ERROR)
+
+
+def form_body(file: dict[str, Any], **texts: dict[str, Any]) -> dict[str, Any]:
+    """What OpenAPI says of a multipart form with these fields, of which `file` must be there."""
+    schema = {"type": "object", "required": ["file"], "properties": {"file": file, **texts}}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
 class Sink(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, BackgroundTasks, Body, Query, Request, Response
 
@@ -10,37 +10,24 @@ from api.dependencies import ContextDep, Limit, SessionDep
 from api.problems import documented
 from api.responses import DatasetResponse, Page, TokenizationResponse
 from api.schemas import TOKENIZATION_EXAMPLES, TokenizationRequest
-from api.uploads import receive_upload
+from api.uploads import form_body, receive_upload
 from service import datasets, uploads
 from service.datasets import DatasetUpload
 
 router = APIRouter(prefix="/datasets", tags=["datasets"])
 
-UPLOAD_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file"],
-                    "properties": {
-                        "file": {
-                            "type": "string",
-                            "format": "binary",
-                            "description": ".txt, .jsonl or .parquet, after which .gz or .zst may follow.",
-                        },
-                        "name": {"type": "string", "maxLength": 200, "description": "Default: the file's name."},
-                        "tokenizer": {
-                            "type": "string",
-                            "description": "Id of a tokenizer, or of a model for its own: have the tokens made by it.",
-                        },
-                    },
-                }
-            }
-        },
-    }
-}
+UPLOAD_BODY = form_body(
+    {
+        "type": "string",
+        "format": "binary",
+        "description": ".txt, .jsonl or .parquet, after which .gz or .zst may follow.",
+    },
+    name={"type": "string", "maxLength": 200, "description": "Default: the file's name."},
+    tokenizer={
+        "type": "string",
+        "description": "Id of a tokenizer, or of a model for its own: have the tokens made by it.",
+    },
+)
 
 
 @router.post(

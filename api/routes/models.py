@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, BackgroundTasks, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
@@ -12,7 +12,7 @@ from api.dependencies import ContextDep, Limit, SessionDep
 from api.model_check import check_model
 from api.problems import documented
 from api.responses import ModelResponse, Page
-from api.uploads import receive_files
+from api.uploads import form_body, receive_files
 from service import base_models, uploads
 from service.errors import BuiltinModelError
 from service.model_uploads import ACCEPTED, MAX_FILES, ModelUpload
@@ -20,27 +20,14 @@ from slim_core.config import BUILTIN_MODELS
 
 router = APIRouter(prefix="/models", tags=["models"])
 
-UPLOAD_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file"],
-                    "properties": {
-                        "file": {
-                            "type": "array",
-                            "items": {"type": "string", "format": "binary"},
-                            "description": f"Repeated, once for each file: {', '.join(ACCEPTED)}.",
-                        },
-                        "name": {"type": "string", "maxLength": 200},
-                    },
-                }
-            }
-        },
-    }
-}
+UPLOAD_BODY = form_body(
+    {
+        "type": "array",
+        "items": {"type": "string", "format": "binary"},
+        "description": f"Repeated, once for each file: {', '.join(ACCEPTED)}.",
+    },
+    name={"type": "string", "maxLength": 200},
+)
 
 
 @router.post(

@@ -15,7 +15,7 @@ from api.errors import BodyTooLargeError
 from api.problems import documented
 from api.responses import Page, TokenizerResponse
 from api.schemas import TrainTokenizerRequest
-from api.uploads import receive_files
+from api.uploads import form_body, receive_files
 from service import database, datasets, tokenizers, uploads
 from service.tokenizers import FILES, TokenizerUpload
 
@@ -31,38 +31,25 @@ def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file"],
-                    "properties": {
-                        "file": {
-                            "type": "array",
-                            "items": {"type": "string", "format": "binary"},
-                            "description": "tokenizer.json, beside it tokenizer_config.json, chat_template.jinja.",
-                        },
-                        "name": {"type": "string", "maxLength": 200},
-                    },
-                }
+BODY = form_body(
+    {
+        "type": "array",
+        "items": {"type": "string", "format": "binary"},
+        "description": "tokenizer.json, beside it tokenizer_config.json, chat_template.jinja.",
+    },
+    name={"type": "string", "maxLength": 200},
+)
+BODY["requestBody"]["content"]["application/json"] = {
+    "schema": _inlined(TrainTokenizerRequest.model_json_schema()),
+    "examples": {
+        "bpe": {
+            "summary": "Train a BPE of 8,192 tokens on a dataset",
+            "value": {
+                "train": {"dataset": "ds_01936f0e4b7a7c3f8d21c5a0b9e4f617", "vocab_size": 8192},
+                "name": "support tickets",
             },
-            "application/json": {
-                "schema": _inlined(TrainTokenizerRequest.model_json_schema()),
-                "examples": {
-                    "bpe": {
-                        "summary": "Train a BPE of 8,192 tokens on a dataset",
-                        "value": {
-                            "train": {"dataset": "ds_01936f0e4b7a7c3f8d21c5a0b9e4f617", "vocab_size": 8192},
-                            "name": "support tickets",
-                        },
-                    }
-                },
-            },
-        },
-    }
+        }
+    },
 }
 
 
