@@ -18,7 +18,7 @@ FileFormat = Literal["txt", "jsonl", "parquet"]
 Compression = Literal["gz", "zst"]
 
 BLOCK_BYTES = 1 << 20
-MAX_LINE_BYTES = 16 << 20
+MAX_LINE_BYTES = 64 << 20
 _ZSTD_INPUT_BYTES = 1 << 10
 """Four bytes can stand for a block of 128 KiB: what comes out of one call is bounded by what goes in, here 32 MiB."""
 _ZSTD_WINDOW_BYTES = 128 << 20

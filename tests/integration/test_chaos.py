@@ -27,5 +27,5 @@ def test_survived(fault: Fault, arena: Arena) -> None:
 @pytest.mark.parametrize(("fault", "guard"), [pytest.param(f, g, id=f"{f.name}-{g}") for f in FAULTS for g in f.guards])
 def test_the_oracle_sees_a_missing_guard(fault: Fault, guard: str, arena: Arena) -> None:
     arena.guard = guard
-    arena.patience_seconds = 60.0  # what waits in vain need not wait long, what does not is slow on a busy machine
+    arena.patience_seconds = 40.0  # what waits in vain need not wait long, what does not is slow on a busy machine
     assert fault.violations(arena, fault.short, at_most=1) != []

@@ -186,7 +186,7 @@ print(json.dumps({"runtime": runtime, "peak": meter.peak_bytes()}))
 def training(length: int, batch_size: int, **options: Any) -> TrainConfig:
     """A short run with an evaluation and a checkpoint."""
     return TrainConfig(
-        sequence_length=length, batch_size=batch_size, steps=3, evaluate_every=3, evaluate_sequences=1, **options
+        sequence_length=length, batch_size=batch_size, steps=2, evaluate_every=2, evaluate_sequences=1, **options
     )
 
 
@@ -301,11 +301,11 @@ TINY_LLAMA = ModelConfig(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("chunk_length", "options"),
-    [(64, {}), (512, {}), (4096, {}), (64, {"lora": LORA}), (512, {"lora": LORA}), (4096, {"lora": LORA})],
+    [(64, {}), (512, {}), (2048, {}), (64, {"lora": LORA}), (512, {"lora": LORA}), (2048, {"lora": LORA})],
     ids=["64", "512", "whole", "lora-64", "lora-512", "lora-whole"],
 )
 def test_the_prediction_holds_for_softmax_attention(chunk_length: int, options: dict[str, Any], text: Path) -> None:
-    peak, predicted = measured(TINY_LLAMA, training(4096, 1, **options), Chunking(chunk_length), text)
+    peak, predicted = measured(TINY_LLAMA, training(2048, 1, **options), Chunking(chunk_length), text)
     assert 0.90 * predicted <= peak <= predicted
 
 

@@ -126,7 +126,7 @@ def test_reverse_is_keep_bit_for_bit(feature_map: str, precision: torch.dtype) -
     config = small_config(feature_map, num_layers=4)
     model = a_model(config)
     model.compute_dtype = precision
-    tokens, targets = a_batch(config, batch=2, length=1024)
+    tokens, targets = a_batch(config, batch=2, length=512)
     keep_loss, keep = stepped(model, tokens, targets, 4, "keep")
     loss, reverse = stepped(model, tokens, targets, 4, "reverse")
     assert loss == keep_loss

@@ -17,7 +17,7 @@ SEED = 7
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("attention", "count"), [("performer", 5), ("softmax", 4)])
+@pytest.mark.parametrize(("attention", "count"), [("performer", 4), ("softmax", 3)])
 def test_no_job_exceeds_its_plan(tmp_path: Path, attention: str, count: int) -> None:
     # One thread: the tests run side by side, and times are not looked at. No runtime: a plan that has less than it
     # takes leaves no room for what is idle, so what is measured is what the job needs.
