@@ -114,7 +114,7 @@ def test_no_secret_is_in_any_line_whatever_goes_wrong(proxied: tuple[Stage, Data
     with api(stage, REDIS_URL=away) as client:
         stage.start("sweeper", [sys.executable, "-m", "worker.sweeper"], REDIS_URL=away)
         stage.start("sweeper", [sys.executable, "-m", "worker.sweeper"])
-        stage.worker(step_seconds=0.05)
+        stage.worker(step_seconds=3.0)  # of three steps: it must not be over when the database goes
         command = [sys.executable, "-m", "celery", "--quiet", "-A", "tests.integration.fake_worker", "worker"]
         stage.start("lost-worker", command, REDIS_URL=away)
         job_id = create_job(client).json()["id"]
