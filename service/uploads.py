@@ -69,8 +69,8 @@ def settle(bind: Engine, files: Storage, older_than_seconds: float = DOUBT_SECON
     removed = []
     for folder in files.doubtful(older_than_seconds):
         with database.transaction(bind) as session:
-            kept = session.scalar(_has_row(folder))
-        if kept:
+            has_row = session.scalar(_has_row(folder))
+        if has_row or not files.path(folder).exists():
             files.trust(folder)
         else:
             logger.warning("%s has no row: removed", folder)
