@@ -206,10 +206,7 @@ class Preparer:
         return str(self._storage.path(work.source_path))
 
     def _limit_seconds(self, work: Preparation) -> float:
-        """By the size of the source."""
-        source = Path(self._source(work))
-        size = source.stat().st_size * (MAX_RATIO if source.suffix in _PACKED else 1)
-        return min(self._settings.preparer_seconds, LEAST_SECONDS + size / SLOWEST_BYTES)
+        return limit_seconds(Path(self._source(work)), self._settings.preparer_seconds)
 
     def _child(
         self,
@@ -291,6 +288,12 @@ class Preparer:
             self._storage.remove(
                 str(Path(work.output_path).parent if work.kind in ("tokenization", "conversion") else work.output_path)
             )
+
+
+def limit_seconds(source: Path, most_seconds: float) -> float:
+    """How long work on this file may take, by how much text it may hold."""
+    size = source.stat().st_size * (MAX_RATIO if source.suffix in _PACKED else 1)
+    return min(most_seconds, LEAST_SECONDS + size / SLOWEST_BYTES)
 
 
 def _record_of(work: Preparation, failure: FailedError) -> Write:

@@ -25,7 +25,7 @@ from service.storage import Storage, tokens_dir
 from service.tokenizers import TokenizerUpload
 from slim_core.data.tokens import NO_SPACE
 from tests.integration.stage import gone_within, open_stage, wait_for
-from worker.preparer import Preparer
+from worker.preparer import Preparer, limit_seconds
 
 FAKE = "tests.integration.fake_prepare"
 LINES = [{"text": "one document"}, {"text": "another, longer document"}]
@@ -154,7 +154,19 @@ def test_a_killed_program_is_tried_again_and_given_up_in_the_end(
     assert row_of(bind, dataset.id).status == "ready"
 
 
-def test_what_takes_too_long_by_its_size_has_failed(
+def test_the_time_allowed_follows_the_text(tmp_path: Path) -> None:
+    def allowed(name: str, size: int) -> float:
+        (tmp_path / name).touch()
+        os.truncate(tmp_path / name, size)
+        return limit_seconds(tmp_path / name, most_seconds=6 * 3_600)
+
+    assert allowed("small.jsonl", 100) == pytest.approx(600, abs=1)
+    assert allowed("large.jsonl", 20_000_000) == 600 + 1_000
+    assert allowed("packed.jsonl.zst", 78_125) == allowed("packed.parquet", 78_125) == 600 + 1_000
+    assert allowed("huge.txt", 1 << 33) == 6 * 3_600
+
+
+def test_what_takes_too_long_has_failed(
     bind: Engine, settings: Settings, storage: Storage, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     behave(storage, dataset, "hang")

@@ -135,6 +135,29 @@ def test_what_has_a_row_is_kept(bind: Engine, storage: Storage, job: Job) -> Non
     assert doubts(storage) == []
 
 
+@pytest.mark.parametrize("kind", ["models", "tokenizers"])
+def test_what_is_deleted_when_the_process_dies_goes_later(
+    client: TestClient, bind: Engine, storage: Storage, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    row: Model | Tokenizer
+    if kind == "models":
+        name = new_id("model")
+        row = Model(id=name, name="a", kind="upload", status="ready", config={}, layout="a", path=f"models/{name}")
+    else:
+        name = new_id("tok")
+        row = Tokenizer(id=name, name="a", source="upload", status="pending", path=tokenizer_dir(name))
+    with database.transaction(bind) as session:
+        session.add(row)
+    folder = storage.make_folder(f"{kind}/{name}")
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "remove", lambda *_: None)  # the process died
+        assert client.delete(f"/{kind}/{name}").status_code == 204
+    assert folder.is_dir()
+    age(storage, HOUR + 60)
+    assert uploads.settle(bind, storage) == [f"{kind}/{name}"]
+    assert not folder.exists()
+
+
 def test_what_is_being_deleted_is_in_doubt_until_it_is_gone(
     client: TestClient, bind: Engine, storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
