@@ -5,17 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypedDict
+from typing import Any, BinaryIO, Self, TypedDict
 from uuid import uuid4
 
 import httpx2
 
 PAGE = 1_000
-CHUNK_BYTES = 1 << 20
 REPEAT_PAUSES_SECONDS = (0.1, 0.5, 1.0)
 """Before each further try to create a job where there was no answer."""
 IN_FLIGHT_SECONDS = 60.0
@@ -24,6 +23,7 @@ UPLOAD_SECONDS = 300.0
 """How long the service may be silent at the end of an upload: the files are checked."""
 SILENCE_SECONDS = 120.0
 """How long a sample may say nothing: the model is loaded first."""
+PARTIAL = 206
 LOST = frozenset({0, 502, 503, 504})
 """No answer of the service's: none at all, or that of a proxy in front of it or a database behind it."""
 
@@ -76,6 +76,8 @@ class Tokenization(TypedDict):
 
 class Dataset(TypedDict):
     id: str
+    filename: str
+    sha256: str
     bytes: int
     documents: int | None
     tokens: int | None
@@ -119,7 +121,9 @@ class Certificate(TypedDict):
 
 class Job(TypedDict):
     id: str
+    name: str | None
     status: str
+    desired: str
     attempt: int
     plan: Plan
     memory_cap: int
@@ -231,6 +235,12 @@ class Client:
             dataset: Dataset = self._request("POST", "/datasets", files=files, data=data, timeout=UPLOAD_SECONDS)
         return dataset
 
+    def find_dataset(self, filename: str, sha256: str) -> Dataset | None:
+        """The newest dataset of a file of this name and content, if it is among the last hundred."""
+        page = self._request("GET", "/datasets", params={"limit": 100})
+        datasets: list[Dataset] = page["data"]
+        return next((each for each in datasets if (each["filename"], each["sha256"]) == (filename, sha256)), None)
+
     def dataset(self, dataset_id: str) -> Dataset:
         dataset: Dataset = self._request("GET", f"/datasets/{dataset_id}")
         return dataset
@@ -303,8 +313,28 @@ class Client:
         job: Job = self._request("GET", f"/jobs/{job_id}")
         return job
 
+    def jobs(self, status: str | None = None) -> Iterator[Job]:
+        """All jobs, newest first, page by page; their plans have no frontier."""
+        params: dict[str, Any] = {"limit": 100} | ({} if status is None else {"status": status})
+        more = True
+        while more:
+            page = self._request("GET", "/jobs", params=params)
+            yield from page["data"]
+            more = page["has_more"]
+            params["after"] = page["data"][-1]["id"] if page["data"] else None
+
     def cancel(self, job_id: str) -> Job:
         job: Job = self._request("POST", f"/jobs/{job_id}/cancel")
+        return job
+
+    def pause(self, job_id: str) -> Job:
+        job: Job = self._request("POST", f"/jobs/{job_id}/pause")
+        return job
+
+    def resume(self, job_id: str, memory_cap: str | None = None) -> Job:
+        """With a cap, such as `1.5GiB`, the job is planned anew under it."""
+        body = {} if memory_cap is None else {"memory_cap": memory_cap}
+        job: Job = self._request("POST", f"/jobs/{job_id}/resume", json=body)
         return job
 
     def metrics(self, job_id: str, after_step: int = -1) -> Iterator[Metric]:
@@ -335,30 +365,49 @@ class Client:
         checkpoint: Checkpoint = self._request("GET", f"/jobs/{job_id}/checkpoints/{which}")
         return checkpoint
 
-    def download(self, job_id: str, which: int | str, file: FileRecord, folder: Path) -> Path:
+    def download(
+        self,
+        job_id: str,
+        which: int | str,
+        file: FileRecord,
+        folder: Path,
+        on_bytes: Callable[[int], None] = lambda _: None,
+    ) -> Path:
         """Stream one file of a checkpoint into `folder`, where it appears once its size and SHA-256 are right; one that
         the service has in a folder in a folder likewise.
 
-        Raises DamagedDownloadError if they are not.
+        What arrived before the connection broke stays as `.part`, and the next call goes on from there. `on_bytes` is
+        told how much has arrived, that included. Raises DamagedDownloadError, after which nothing is kept.
         """
         target = _below(folder, file["name"])
         target.parent.mkdir(exist_ok=True)
         partial = target.with_name(target.name + ".part")
-        digest = hashlib.sha256()
-        try:
-            with partial.open("wb") as output:
-                for chunk in self._stream(f"/jobs/{job_id}/checkpoints/{which}/files/{file['name']}"):
-                    digest.update(chunk)
-                    output.write(chunk)
-            size = partial.stat().st_size
-            if size != file["bytes"] or digest.hexdigest() != file["sha256"]:
-                raise DamagedDownloadError(
-                    f"{file['name']}: {size} bytes with SHA-256 {digest.hexdigest()} arrived, "
-                    f"but {file['bytes']} bytes with {file['sha256']} were registered"
-                )
-            return partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        path = f"/jobs/{job_id}/checkpoints/{which}/files/{file['name']}"
+        with partial.open("ab+") as output:
+            self._continue(path, file, output, on_bytes)
+            output.seek(0)
+            digest = hashlib.file_digest(output, "sha256").hexdigest()
+            size = output.tell()
+        if size != file["bytes"] or digest != file["sha256"]:
+            partial.unlink()
+            raise DamagedDownloadError(
+                f"{file['name']}: {size} bytes with SHA-256 {digest} arrived, "
+                f"but {file['bytes']} bytes with {file['sha256']} were registered"
+            )
+        return partial.replace(target)
+
+    def _continue(self, path: str, file: FileRecord, output: BinaryIO, on_bytes: Callable[[int], None]) -> None:
+        """Append what is missing of the file. `If-Range`: all of it, where the service has another one by now."""
+        have = output.tell()
+        if have >= file["bytes"]:
+            have = output.truncate(0)
+        headers = {"Range": f"bytes={have}-", "If-Range": f'"{file["sha256"]}"'} if have else {}
+        whole = not have
+        for status, chunk in self._stream(path, headers):
+            if not whole and status != PARTIAL:
+                have, whole = output.truncate(0), True
+            have += output.write(chunk)
+            on_bytes(have)
 
     def generate(self, job_id: str, request: dict[str, Any]) -> Iterator[str | Sample]:
         """The text that follows a prompt in pieces, as it comes, and at the end what the service says of it."""
@@ -393,13 +442,16 @@ class Client:
         _raise_for_problem(response)
         return response.json()
 
-    def _stream(self, path: str) -> Iterator[bytes]:
+    def _stream(self, path: str, headers: dict[str, str]) -> Iterator[tuple[int, bytes]]:
+        """The body in pieces, each with the status."""
         try:
-            with self._http.stream("GET", path) as response:
+            with self._http.stream("GET", path, headers=headers) as response:
                 if response.is_error:
                     response.read()
                     _raise_for_problem(response)
-                yield from response.iter_bytes(CHUNK_BYTES)
+                # As they come: pieces of a given size would lose what came of the last one when the line breaks.
+                for chunk in response.iter_bytes():
+                    yield response.status_code, chunk
         except httpx2.TransportError as error:
             raise ServiceError(f"GET {path}: the download broke off ({error})") from error
 

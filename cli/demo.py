@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from cli.client import Client, Dataset, Job, Metric, Plan
+from cli.live import follow, why
+from cli.plans import show_choice, show_frontier
 from cli.sizes import BYTES_PER_MIB, format_bytes, format_seconds
 from cli.up import Options, Stack, interrupt, on_signals
 
@@ -38,11 +38,6 @@ NO_CAP_BYTES = 1 << 40
 """Where no device has announced how much it has."""
 PROMPT = "The import statement"
 SAMPLE_TOKENS = 200
-
-POLL_SECONDS = 0.3
-PLAIN_EVERY = 10
-"""Steps between lines where there is no terminal to draw a bar on."""
-FRONTIER_ROWS = 6
 
 
 class DemoError(RuntimeError):
@@ -80,12 +75,12 @@ def _show(console: Console, home: Path, url: str, steps: int, check: Callable[[]
         job = client.create_job({**request, "memory_cap": cap})
         _show_plan(console, job)
         try:
-            job, metrics = _watch(console, client, job, check)
+            job, metrics = follow(console, client, job["id"], check)
         except KeyboardInterrupt:
             client.cancel(job["id"])
             raise
         if job["status"] != "succeeded":
-            raise DemoError(_why(job))
+            raise DemoError(why(job))
         _show_result(console, job, metrics)
         _download(console, client, job, folder / job["id"])
         _show_sample(console, client, job)
@@ -136,115 +131,15 @@ def _show_datasets(console: Console, training: Dataset, validation: Dataset) -> 
 
 
 def _show_frontier(console: Console, plan: Plan) -> None:
-    """At most a handful of the planner's best schedules, from the leanest to the fastest."""
-    points = sorted(plan["frontier"], key=lambda point: point["predicted_peak_bytes"])
-    if len(points) > FRONTIER_ROWS:
-        last = len(points) - 1
-        points = [points[round(row * last / (FRONTIER_ROWS - 1))] for row in range(FRONTIER_ROWS)]
-    table = Table(title=f"POST /plans: {MODEL}, sequences of {SEQUENCE_LENGTH:,} tokens", title_justify="left")
-    for column in ("chunk length", "states", "peak memory", "time per step"):
-        table.add_column(column, justify="right")
-    for point in points:
-        table.add_row(
-            f"{point['chunk_length']:,}",
-            point["state_policy"],
-            format_bytes(point["predicted_peak_bytes"]),
-            format_seconds(point["predicted_step_seconds"]),
-        )
     console.print()
-    console.print(table)
-    console.print(f"the ordinary, unchunked step would take {format_bytes(plan['unchunked_peak_bytes'])}")
-    console.print(f"the least that a plan exists for is {format_bytes(plan['minimum_cap_bytes'])}")
+    show_frontier(console, plan, f"POST /plans: {MODEL}, sequences of {SEQUENCE_LENGTH:,} tokens")
 
 
 def _show_plan(console: Console, job: Job) -> None:
-    plan = job["plan"]
     console.print()
     console.print(f"POST /jobs: {job['id']} under a cap of [bold]{format_bytes(job['memory_cap'])}[/bold]")
-    console.print(
-        f"plan: {plan['num_chunks']} chunks of {plan['chunk_length']:,} tokens, states: {plan['state_policy']}, "
-        f"peak {format_bytes(plan['predicted_peak_bytes'])}, {format_seconds(plan['predicted_step_seconds'])} per step",
-        soft_wrap=True,
-    )
-    console.print(f"because: {plan['reason']}", markup=False, soft_wrap=True)
+    show_choice(console, job["plan"])
     console.print()
-
-
-def _watch(console: Console, client: Client, job: Job, check: Callable[[], None]) -> tuple[Job, list[Metric]]:
-    """Follow the job to its end; the rows of all its steps."""
-    rows: dict[int, Metric] = {}
-    with _reporter(console, job) as report:
-        while True:
-            check()
-            job = client.job(job["id"])
-            # From the last row on, not after it: a validation loss is added to a row that is already there.
-            for row in client.metrics(job["id"], after_step=max(rows, default=0) - 1):
-                rows[row["step"]] = row
-            report(job)
-            if job["status"] in ("succeeded", "failed", "cancelled", "paused"):
-                return job, [rows[step] for step in sorted(rows)]
-            time.sleep(POLL_SECONDS)
-
-
-@contextmanager
-def _reporter(console: Console, job: Job) -> Iterator[Callable[[Job], None]]:
-    """A live bar on a terminal, else a line every few steps."""
-    total = job["progress"]["total_steps"]
-    if not console.is_terminal:
-        yield _LineReporter(console)
-        return
-    columns = TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(24), TextColumn("{task.description}")
-    with Progress(*columns, console=console) as progress:
-        yield _BarReporter(progress, progress.add_task(_state(job), total=total))
-
-
-class _LineReporter:
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._next = 0
-        self._status = ""
-
-    def __call__(self, job: Job) -> None:
-        progress = job["progress"]
-        if progress["step"] < self._next and job["status"] == self._status:
-            return
-        self._next = progress["step"] // PLAIN_EVERY * PLAIN_EVERY + PLAIN_EVERY
-        self._status = job["status"]
-        self._console.print(
-            f"step {progress['step']}/{progress['total_steps']} {_state(job)}", markup=False, soft_wrap=True
-        )
-
-
-class _BarReporter:
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress = progress
-        self._task = task
-
-    def __call__(self, job: Job) -> None:
-        self._progress.update(self._task, completed=job["progress"]["step"], description=_state(job))
-
-
-def _state(job: Job) -> str:
-    """Where a job is, in one line: status, loss, step time, memory against the cap, time left."""
-    progress = job["progress"]
-    parts = [job["status"]] if job["status"] != "running" or progress["step"] == 0 else []
-    if progress["loss"] is not None:
-        parts.append(f"loss {progress['loss']:.3f}")
-    if progress["step_seconds"] is not None:
-        parts.append(f"{format_seconds(progress['step_seconds'])}/step")
-    if job["measured_peak_bytes"] is not None:
-        parts.append(f"memory {format_bytes(job['measured_peak_bytes'])} of {format_bytes(job['memory_cap'])}")
-    if progress["eta_seconds"]:
-        parts.append(f"{format_seconds(progress['eta_seconds'])} left")
-    return ", ".join(parts)
-
-
-def _why(job: Job) -> str:
-    error = job["error"]
-    if error is None:
-        return f"{job['id']} ended as {job['status']}"
-    hint = f" ({error['hint']})" if error.get("hint") else ""
-    return f"{job['id']} {job['status']}: {error['code']}: {error['message']}{hint}"
 
 
 def _show_result(console: Console, job: Job, metrics: list[Metric]) -> None:

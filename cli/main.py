@@ -10,19 +10,21 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from cli import jobs
 from cli.client import Client, DamagedDownloadError, Sample, ServiceError
 from cli.demo import STEPS, DemoError, run_demo
+from cli.output import EXITS, URL, Url, exits, fail
 from cli.up import ROOT, Options, StackError, run_until_stopped
 
 HOME = ROOT / ".slimtune"
 
 app = typer.Typer(
     name="slimtune",
-    help="Fine-tuning jobs under a hard memory budget.",
+    help=f"Fine-tuning jobs under a hard memory budget.\n\n{EXITS}",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(jobs.app)
 
 Home = Annotated[Path, typer.Option(help="Folder of data, logs and sockets.", file_okay=False)]
 
@@ -77,7 +79,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Only tokens with this probability together.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text to end before; may be given several times.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
-    url: Annotated[str, typer.Option(envvar="SLIMTUNE_URL", help="The service.")] = "http://127.0.0.1:8000",
+    url: Url = URL,
 ) -> None:
     """Continue a text with a job's checkpoint and print what comes, as it comes."""
     if prompt is not None and file is not None:
@@ -94,13 +96,8 @@ def generate(
     }
     which = int(checkpoint) if checkpoint.isdecimal() else checkpoint
     request = {name: value for name, value in options.items() if value is not None}
-    try:
-        with Client(url) as client:
-            print_sample(client.generate(job, {"prompt": prompt, "checkpoint": which, **request}))
-    except ServiceError as error:
-        fail(error)
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+    with exits(), Client(url) as client:
+        print_sample(client.generate(job, {"prompt": prompt, "checkpoint": which, **request}))
 
 
 def print_sample(pieces: Iterator[str | Sample]) -> None:
@@ -112,11 +109,6 @@ def print_sample(pieces: Iterator[str | Sample]) -> None:
             typer.echo()
             reason = f"{piece['finish_reason']}: {piece['tokens']} tokens in {piece['seconds']:.1f} s"
             typer.echo(f"{reason}, step {piece['step']}, seed {piece['seed']}", err=True)
-
-
-def fail(error: Exception) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", style="red", markup=False)
-    raise typer.Exit(1) from error
 
 
 if __name__ == "__main__":

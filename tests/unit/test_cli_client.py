@@ -5,10 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -16,59 +13,9 @@ from typer.testing import CliRunner
 
 from cli.client import Client, DamagedDownloadError, FileRecord, ServiceError
 from cli.main import app
+from tests.unit.scripted_service import Script
 
 WEIGHTS = b"weights" * 100_000
-
-
-@dataclass
-class Script:
-    """What the server answers by path (with query), and what it was asked."""
-
-    url: str = ""
-    answers: dict[str, tuple[int, str, bytes]] = field(default_factory=dict)
-    first: list[tuple[int, str, bytes] | None] = field(default_factory=list)
-    """Answers to come before those, whatever the path; None hangs up."""
-    requests: list[tuple[str, bytes]] = field(default_factory=list)
-    keys: list[str | None] = field(default_factory=list)
-    truncate: bool = False
-
-    def json(self, path: str, body: object, status: int = 200, content_type: str = "application/json") -> None:
-        self.answers[path] = (status, content_type, json.dumps(body).encode())
-
-
-@pytest.fixture
-def script() -> Iterator[Script]:
-    script = Script()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            length = int(self.headers.get("Content-Length", 0))
-            script.requests.append((f"{self.command} {self.path}", self.rfile.read(length)))
-            script.keys.append(self.headers["Idempotency-Key"])
-            answer = script.first.pop(0) if script.first else script.answers[self.path]
-            if answer is None:
-                self.close_connection = True
-                return
-            status, content_type, body = answer
-            self.send_response(status)
-            self.send_header("Content-Type", content_type)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body[: len(body) // 2] if script.truncate else body)
-            self.close_connection = script.truncate
-
-        do_POST = do_GET  # noqa: N815
-
-        def log_message(self, *_: object) -> None:
-            """Say nothing."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        script.url = f"http://127.0.0.1:{server.server_address[1]}"
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield script
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture
@@ -103,12 +50,29 @@ def test_a_damaged_download_is_refused_and_not_kept(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_download_that_breaks_off_is_not_kept(client: Client, script: Script, tmp_path: Path) -> None:
+def test_a_download_that_breaks_off_goes_on_where_it_was(client: Client, script: Script, tmp_path: Path) -> None:
     serve_weights(script, WEIGHTS)
     script.truncate = True
     with pytest.raises(ServiceError, match="broke off"):
         client.download("job_1", 40, record(), tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    (partial,) = tmp_path.iterdir()
+    there = partial.stat().st_size
+    assert 0 < there < len(WEIGHTS)
+    script.truncate = False
+    arrived: list[int] = []
+    path = client.download("job_1", 40, record(), tmp_path, arrived.append)
+    assert path.read_bytes() == WEIGHTS
+    assert list(tmp_path.iterdir()) == [path]
+    assert script.headers[-1]["Range"] == f"bytes={there}-"
+    assert script.headers[-1]["If-Range"] == f'"{record()["sha256"]}"'
+    assert there < arrived[0] <= arrived[-1] == len(WEIGHTS)
+
+
+def test_where_the_file_is_another_one_by_now_it_comes_whole(client: Client, script: Script, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.part").write_bytes(b"of another checkpoint")
+    serve_weights(script, WEIGHTS)
+    script.ranges = False
+    assert client.download("job_1", 40, record(), tmp_path).read_bytes() == WEIGHTS
 
 
 def test_a_problem_becomes_an_error_with_its_fields(client: Client, script: Script) -> None:
