@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -200,11 +201,14 @@ class DamagedDownloadError(RuntimeError):
 class Client:
     """Calls the service at `url`. Methods raise ServiceError. A context manager.
 
-    Proxy settings of the environment are not used: the service is local or on a network of ours.
+    Without an `api_key` that of SLIMTUNE_API_KEY is sent, if there is one. Proxy settings of the environment are not
+    used: the service is local or on a network of ours.
     """
 
-    def __init__(self, url: str, *, timeout_seconds: float = 30.0) -> None:
-        self._http = httpx2.Client(base_url=url, timeout=timeout_seconds, trust_env=False)
+    def __init__(self, url: str, *, api_key: str | None = None, timeout_seconds: float = 30.0) -> None:
+        key = api_key or os.environ.get("SLIMTUNE_API_KEY")
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        self._http = httpx2.Client(base_url=url, headers=headers, timeout=timeout_seconds, trust_env=False)
 
     def __enter__(self) -> Self:
         return self

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from cli import jobs
 from cli.client import Client, DamagedDownloadError, Sample, ServiceError
 from cli.demo import STEPS, DemoError, run_demo
-from cli.output import EXITS, URL, Url, exits, fail
+from cli.doctor import examine
+from cli.output import EXITS, REFUSED, URL, Json, Url, exits, fail, print_json
 from cli.up import ROOT, Options, StackError, run_until_stopped
 
 HOME = ROOT / ".slimtune"
+MARKS = {"ok": "green", "warning": "yellow", "wrong": "red"}
 
 app = typer.Typer(
     name="slimtune",
@@ -98,6 +102,22 @@ def generate(
     request = {name: value for name, value in options.items() if value is not None}
     with exits(), Client(url) as client:
         print_sample(client.generate(job, {"prompt": prompt, "checkpoint": which, **request}))
+
+
+@app.command()
+def doctor(home: Home = HOME, url: Url = URL, as_json: Json = False) -> None:
+    """Find what is wrong with this installation, and how to mend it. Exit code 1 if something is."""
+    found = []
+    out = Console(highlight=False, soft_wrap=True)
+    for finding in examine(url, home):
+        found.append(finding)
+        if not as_json:
+            out.print(f"[{MARKS[finding.level]}]{finding.level:>7}[/]", escape(finding.what))
+            if finding.mend:
+                out.print(f"{'':>7} {finding.mend}", markup=False)
+    if as_json:
+        print_json([asdict(finding) for finding in found])
+    raise typer.Exit(REFUSED if any(finding.level == "wrong" for finding in found) else 0)
 
 
 def print_sample(pieces: Iterator[str | Sample]) -> None:
