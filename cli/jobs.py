@@ -20,6 +20,8 @@ from cli.plans import show_choice, show_frontier
 from cli.sizes import format_bytes, format_seconds
 from cli.specs import read_spec, upload_files, without_files
 
+ID_WIDTH = 36
+
 app = typer.Typer()
 
 Spec = Annotated[
@@ -136,12 +138,13 @@ def list_jobs(
     if as_json:
         print_json(found)
         return
-    table = Table("job", "name", "status", "step", "loss", "memory", "left", box=None)
+    table = Table(box=None)
+    table.add_column("job", min_width=ID_WIDTH)  # never cut: it is what the other commands want
+    for column in ("name", "status", "step", "loss", "memory", "left"):
+        table.add_column(column)
     for job in found:
         table.add_row(*_cells(job))
-    out = console()
-    # Whole ids where the output goes to a program, which has no width.
-    out.print(table, soft_wrap=not out.is_terminal)
+    console().print(table)
 
 
 @app.command()

@@ -34,8 +34,9 @@ def show_frontier(console: Console, plan: Plan, title: str) -> None:
 
 def show_choice(console: Console, plan: Plan) -> None:
     """What the planner chose under the cap, and why."""
+    chunks = "one chunk" if plan["num_chunks"] == 1 else f"{plan['num_chunks']} chunks"
     console.print(
-        f"plan: {plan['num_chunks']} chunks of {plan['chunk_length']:,} tokens, states: {plan['state_policy']}, "
+        f"plan: {chunks} of {plan['chunk_length']:,} tokens, states: {plan['state_policy']}, "
         f"peak {format_bytes(plan['predicted_peak_bytes'])}, {format_seconds(plan['predicted_step_seconds'])} per step",
         soft_wrap=True,
     )
