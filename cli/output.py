@@ -28,11 +28,16 @@ succeed, 5 damaged download, 130 interrupted."""
 
 Url = Annotated[str, typer.Option(envvar="SLIMTUNE_URL", help="The service.", rich_help_panel="Service")]
 Json = Annotated[bool, typer.Option("--json", help="Print what the service says, as JSON.")]
+WIDE = 200
 URL = "http://127.0.0.1:8000"
 
 
 def console(*, stderr: bool = False) -> Console:
-    return Console(stderr=stderr, highlight=False)
+    """For people; where it is no terminal nothing is cut to the width of one."""
+    made = Console(stderr=stderr, highlight=False)
+    if not made.is_terminal:
+        made.width = WIDE
+    return made
 
 
 def print_json(value: Any) -> None:
