@@ -45,14 +45,16 @@ class DemoError(RuntimeError):
 
 
 def run_demo(console: Console, home: Path, url: str | None = None, steps: int = STEPS) -> None:
-    """Start the service (unless `url` names a running one), run a job of `steps` steps, stop what was started.
+    """Start the service (unless `url` names a running one), run a job of `steps` steps,
+    stop what was started.
 
     Raises StackError, ServiceError, DamagedDownloadError or DemoError, and KeyboardInterrupt for SIGINT and SIGTERM.
     """
     begin = time.monotonic()
     with on_signals(interrupt):
         if url is None:
-            with Stack(Options(home, port=0), lambda text: console.print(text, markup=False)) as stack:
+            options = Options(home, port=0, authentication="none")
+            with Stack(options, lambda text: console.print(text, markup=False)) as stack:
                 ready = format_seconds(time.monotonic() - begin)
                 console.print(f"the service is ready at {stack.url} after {ready}")
                 _show(console, home, stack.url, steps, stack.check)

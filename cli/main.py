@@ -12,14 +12,14 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from cli import jobs
+from cli import jobs, keys
 from cli.client import Client, DamagedDownloadError, Sample, ServiceError
 from cli.demo import STEPS, DemoError, run_demo
 from cli.doctor import examine
 from cli.output import EXITS, REFUSED, URL, Json, Url, exits, fail, print_json
-from cli.up import ROOT, Options, StackError, run_until_stopped
+from cli.up import Options, StackError, run_until_stopped
 
-HOME = ROOT / ".slimtune"
+HOME = keys.HOME
 MARKS = {"ok": "green", "warning": "yellow", "wrong": "red"}
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(jobs.app)
+app.add_typer(keys.app)
 
 Home = Annotated[Path, typer.Option(help="Folder of data, logs and sockets.", file_okay=False)]
 
