@@ -1,8 +1,8 @@
 """Every route of the OpenAPI document, asked by one tenant for what is another's: the very answer that an id gets which
 never was.
 
-With the listener of service/tenancy.py removed, both tests here are red. A route that is new has to find its ids in
-`Things`, and its body, if it needs one, in `BODIES` or `NAMES_NOTHING`; else the first test fails and says so.
+With the listener of service/tenancy.py removed, the first test here is red. A route that is new has to find its ids in
+`Things`, and its body, if it needs one, in `BODIES` or `NAMES_NOTHING`; else that test fails and says so.
 """
 
 from __future__ import annotations
