@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
-from collections.abc import AsyncIterator
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from types import FrameType
 from typing import Any
 
 from anyio import CapacityLimiter
@@ -15,6 +19,7 @@ from starlette.concurrency import run_in_threadpool
 
 from api import errors
 from api.dependencies import Context
+from api.event_hub import EventHub
 from api.middleware import BodyLimit, RequestContext
 from api.problems import Problem
 from api.routes import checkpoints, datasets, devices, generate, health, jobs, models, plans, tokenizers
@@ -42,12 +47,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     if settings is None:
         settings = load_settings()
         logs.configure(settings.log_format)
+    engine = database.engine(settings)
     context = Context(
         settings=settings,
-        engine=database.engine(settings),
+        engine=engine,
         storage=Storage(settings.data_dir),
         producer=queue.producer(settings.redis_url),
         sampler_slots=Slots(settings.generate_slots),
+        event_hub=EventHub(engine, settings.event_streams),
         check_limiter=CapacityLimiter(CHECKS_AT_ONCE),
     )
     app = FastAPI(
@@ -74,9 +81,30 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     removed = await run_in_threadpool(context.storage.clean_temporary)
     if removed:
         logger.info("removed %d temporary files that earlier processes left", removed)
+    _before_the_server_stops(context.event_hub.close)
     yield
+    context.event_hub.close()
     context.engine.dispose()
     context.producer.close()
+
+
+def _before_the_server_stops(act: Callable[[], None]) -> None:
+    """Have `act` called when the process is told to stop: the server waits for open answers before it says so here,
+    and streams have no end of their own.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return  # signals are another's
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        server = signal.getsignal(number)
+
+        def stopping(number: int, frame: FrameType | None, server: Any = server) -> None:
+            loop.call_soon_threadsafe(act)
+            if callable(server):
+                server(number, frame)
+
+        if callable(server):
+            signal.signal(number, stopping)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from fastapi import Depends, Query, Request
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
+from api.event_hub import EventHub
 from api.sampler import Slots
 from service import database
 from service.settings import Settings
@@ -27,6 +28,7 @@ class Context:
     storage: Storage
     producer: Celery
     sampler_slots: Slots
+    event_hub: EventHub
     check_limiter: CapacityLimiter
     """Of the threads that check what was uploaded, each with a process that may take long and much memory."""
 

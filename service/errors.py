@@ -460,3 +460,14 @@ class GenerateFailedError(ServiceError):
 
     status = 500
     code = "generate_failed"
+
+
+class TooManyStreamsError(ServiceError):
+    """The process has as many streams of events as it may."""
+
+    status = 429
+    code = "too_many_streams"
+    retry_after_seconds = 5
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"{limit} streams of events are open, which is the most.", limit=limit)
