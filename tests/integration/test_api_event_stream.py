@@ -20,6 +20,7 @@ from typing import Any
 import httpx2
 import pytest
 from sqlalchemy import Engine
+from starlette.requests import ClientDisconnect
 from starlette.testclient import TestClient
 from starlette.types import Message
 
@@ -157,7 +158,12 @@ def test_many_streams_are_one_query_a_second(
 
     async def act(hub: EventHub) -> None:
         ask = hub._ask
-        monkeypatch.setattr(hub, "_ask", lambda positions: asked.append(set(positions)) or ask(positions))
+
+        def counted(positions: dict[str, int]) -> Any:
+            asked.append(set(positions))
+            return ask(positions)
+
+        monkeypatch.setattr(hub, "_ask", counted)
         readers = [Reader(hub, job_id) for job_id in (running, other) for _ in range(20)]
         await until(lambda: all(len(reader.ids) >= 2 for reader in readers))
         asked.clear()
@@ -242,7 +248,7 @@ def test_a_client_that_reads_nothing_is_let_go(bind: Engine, running: str, monke
                     await asyncio.Event().wait()
 
         deaf = Deaf(hub, running)
-        with pytest.raises(event_stream.ClientDisconnect):
+        with pytest.raises(ClientDisconnect):
             await deaf.task
         assert hub.streams == 0
 
