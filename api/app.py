@@ -22,7 +22,7 @@ from api.dependencies import Context
 from api.event_hub import EventHub
 from api.middleware import BodyLimit, RequestContext
 from api.problems import Problem
-from api.routes import checkpoints, datasets, devices, generate, health, jobs, models, plans, tokenizers
+from api.routes import checkpoints, datasets, devices, generate, health, jobs, models, plans, tokenizers, webhooks
 from api.sampler import Slots
 from service import database, logs, queue
 from service.settings import Settings, load_settings
@@ -64,7 +64,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     errors.install(app)
     app.add_middleware(BodyLimit, streaming_paths=frozenset({"/datasets", "/tokenizers", "/models"}))
     app.add_middleware(RequestContext)
-    for resource in (datasets, tokenizers, models, plans, jobs, checkpoints, generate, devices, health):
+    for resource in (datasets, tokenizers, models, plans, jobs, checkpoints, generate, webhooks, devices, health):
         app.include_router(resource.router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way
     if own_process:

@@ -80,6 +80,7 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """What a route's `responses` says of its errors."""
     reasons = {
         400: "The body could not be read.",
+        403: "The operator does not allow it.",
         404: "There is no such thing.",
         408: "The upload stalled.",
         409: "The state of the resource does not allow this.",

@@ -11,6 +11,7 @@ from sqlalchemy import func, insert, literal, select, text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
+from service import outbox
 from service.errors import NotFoundError
 from service.ids import is_id
 from service.jsonable import clean_json
@@ -45,7 +46,7 @@ def record(session: Session, job_id: str, attempt: int, event_type: str, data: d
 
     The job's row is locked first, in the same statement, if it is not yet: ids are drawn from a sequence, and only
     because those of one job are drawn by one transaction at a time do they become visible in their order. Who reads
-    on from the last id it saw misses nothing.
+    on from the last id it saw misses nothing. Webhooks that want the event get it by the same transaction.
     """
     values = {
         "job_id": Job.id,
@@ -55,6 +56,8 @@ def record(session: Session, job_id: str, attempt: int, event_type: str, data: d
     }
     job = select(*values.values()).where(Job.id == job_id).with_for_update(key_share=True)
     session.scalars(insert(JobEvent).from_select(list(values), job).returning(JobEvent.id)).one()
+    if event_type in outbox.JOB_EVENTS:
+        outbox.announce(session, job_id, attempt, event_type, clean_json(data or {}))
 
 
 def page(session: Session, job_id: str, after: int = 0, limit: int = 100) -> tuple[list[JobEvent], bool]:
