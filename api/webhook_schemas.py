@@ -5,10 +5,9 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasPath, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from api.schemas import Text
-from service.outbox import DEFAULT_TYPES
 from service.webhook_urls import MAX_URL_LENGTH
 
 EventType = Literal[
@@ -29,7 +28,8 @@ class WebhookRequest(BaseModel):
         description="Below an address that the operator has allowed."
     )
     events: Annotated[list[EventType], Field(min_length=1, max_length=20)] = Field(
-        list(DEFAULT_TYPES), description="What to be told of; without it the ends of jobs."
+        ["fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled"],
+        description="What to be told of; without it the ends of jobs.",
     )
     name: Annotated[Text, Field(min_length=1, max_length=200)] | None = None
 
@@ -59,7 +59,7 @@ class DeliveryResponse(BaseModel):
 
     model_config = ConfigDict(from_attributes=True)
 
-    id: str = Field(validation_alias=AliasPath("event_id"), description="`webhook-id`, the same in each attempt.")
+    id: str = Field(validation_alias="event_id", description="`webhook-id`, the same in each attempt.")
     type: str
     status: Literal["pending", "delivered", "failed"]
     attempts: int
