@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import logging
-import signal
-import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from types import FrameType
 from typing import Any
 
 from anyio import CapacityLimiter
@@ -18,12 +14,15 @@ from fastapi.openapi.utils import get_openapi
 from starlette.concurrency import run_in_threadpool
 
 from api import errors
+from api.access import Access
+from api.authentication import Authenticator
 from api.dependencies import Context
 from api.event_hub import EventHub
 from api.middleware import BodyLimit, RequestContext
-from api.problems import Problem
+from api.problems import Problem, documented
 from api.routes import checkpoints, datasets, devices, generate, health, jobs, models, plans, tokenizers, webhooks
 from api.sampler import Slots
+from api.shutdown import before_the_server_stops
 from service import database, logs, queue
 from service.settings import Settings, load_settings
 from service.storage import Storage
@@ -35,6 +34,10 @@ and the checkpoints. Errors are problem details (RFC 9457) with a stable `code`.
 
 CHECKS_AT_ONCE = 2
 """Of uploaded models and tokenizers: each has a process of its own with up to a gigabyte."""
+
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
+"""Without a key, from everywhere: whether the service is well, and the description that is the same for everybody."""
+KEY_SCHEME = {"type": "http", "scheme": "bearer", "description": "An API key, `slim_` and 43 characters."}
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -63,10 +66,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.context = context
     errors.install(app)
     app.add_middleware(BodyLimit, streaming_paths=frozenset({"/datasets", "/tokenizers", "/models"}))
+    authenticator = Authenticator(context.engine) if settings.keys_required else None
+    app.add_middleware(Access, authenticator=authenticator, open_paths=OPEN_PATHS)
     app.add_middleware(RequestContext)
     for resource in (datasets, tokenizers, models, plans, jobs, checkpoints, generate, webhooks, devices, health):
         app.include_router(resource.router)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way
+    app.openapi = lambda: _openapi(app, settings.keys_required)  # type: ignore[method-assign]  # FastAPI's documented way
     if own_process:
         # What exists by now stays, hundreds of thousands of objects: to look through them for garbage, every few
         # seconds under load, stops all requests for a tenth of a second.
@@ -81,39 +86,27 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     removed = await run_in_threadpool(context.storage.clean_temporary)
     if removed:
         logger.info("removed %d temporary files that earlier processes left", removed)
-    _before_the_server_stops(context.event_hub.close)
+    before_the_server_stops(context.event_hub.close)
     yield
     context.event_hub.close()
     context.engine.dispose()
     context.producer.close()
 
 
-def _before_the_server_stops(act: Callable[[], None]) -> None:
-    """Have `act` called when the process is told to stop: the server waits for open answers before it says so here,
-    and streams have no end of their own.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return  # signals are another's
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        server = signal.getsignal(number)
-
-        def stopping(number: int, frame: FrameType | None, server: Any = server) -> None:
-            loop.call_soon_threadsafe(act)
-            if callable(server):
-                server(number, frame)
-
-        if callable(server):
-            signal.signal(number, stopping)
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
+def _openapi(app: FastAPI, keys_required: bool) -> dict[str, Any]:
     """FastAPI's document with our problem details where it assumes its own error format."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         schemas = document["components"]["schemas"]
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
+        document["components"]["securitySchemes"] = {"key": KEY_SCHEME}
+        closed = {str(status): answer for status, answer in documented(401, 403, 429).items()}
+        for path, operations in document["paths"].items():
+            for operation in operations.values() if path not in OPEN_PATHS else ():
+                operation["responses"] = closed | operation["responses"]
+                if keys_required:
+                    operation["security"] = [{"key": []}]
         for operation in [operation for path in document["paths"].values() for operation in path.values()]:
             if "HTTPValidationError" in str(operation["responses"].get("422")):
                 del operation["responses"]["422"]  # a path of free text: what fits nothing is a 404

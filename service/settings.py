@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal, Self
 
@@ -13,6 +14,17 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from service import webhook_urls
 
 LogFormat = Literal["text", "json"]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address (an IPv6 one with or without its brackets) means this machine and nothing else."""
+    name = host.removeprefix("[").removesuffix("]").rstrip(".").lower()
+    if name == "localhost":
+        return True
+    try:
+        return ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 class DatabaseSettings(BaseSettings):
@@ -41,6 +53,9 @@ class Settings(DatabaseSettings):
     """How every process writes its log: for people, or one JSON object a line."""
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65_535)
+    authentication: Literal["keys", "none"] | None = None
+    """Whether the API asks for keys. None: unless `host`, on which it listens, is a loopback address. Without keys it
+    serves this machine alone, wherever it listens."""
     max_upload_bytes: int = Field(default=2 * 1024**3, ge=1)
     """Largest dataset file that the API takes."""
     max_model_bytes: int = Field(default=16 * 1024**3, ge=1)
@@ -90,6 +105,10 @@ class Settings(DatabaseSettings):
     def _can_be_compared(cls, text: str) -> str:
         webhook_urls.Allowed.parse(text)
         return text
+
+    @property
+    def keys_required(self) -> bool:
+        return self.authentication == "keys" or (self.authentication is None and not is_loopback(self.host))
 
     @model_validator(mode="after")
     def _leases_outlast_what_renews_them(self) -> Self:
