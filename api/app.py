@@ -17,10 +17,12 @@ from api import errors
 from api.access import Access
 from api.authentication import Authenticator
 from api.dependencies import Context
+from api.event_hub import EventHub
 from api.middleware import BodyLimit, RequestContext
 from api.problems import Problem, documented
-from api.routes import checkpoints, datasets, devices, generate, health, jobs, models, plans, tokenizers
+from api.routes import checkpoints, datasets, devices, generate, health, jobs, models, plans, tokenizers, webhooks
 from api.sampler import Slots
+from api.shutdown import before_the_server_stops
 from service import database, logs, queue
 from service.settings import Settings, load_settings
 from service.storage import Storage
@@ -48,12 +50,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     if settings is None:
         settings = load_settings()
         logs.configure(settings.log_format)
+    engine = database.engine(settings)
     context = Context(
         settings=settings,
-        engine=database.engine(settings),
+        engine=engine,
         storage=Storage(settings.data_dir),
         producer=queue.producer(settings.redis_url),
         sampler_slots=Slots(settings.generate_slots),
+        event_hub=EventHub(engine, settings.event_streams),
         check_limiter=CapacityLimiter(CHECKS_AT_ONCE),
     )
     app = FastAPI(
@@ -65,7 +69,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     authenticator = Authenticator(context.engine) if settings.keys_required else None
     app.add_middleware(Access, authenticator=authenticator, open_paths=OPEN_PATHS)
     app.add_middleware(RequestContext)
-    for resource in (datasets, tokenizers, models, plans, jobs, checkpoints, generate, devices, health):
+    for resource in (datasets, tokenizers, models, plans, jobs, checkpoints, generate, webhooks, devices, health):
         app.include_router(resource.router)
     app.openapi = lambda: _openapi(app, settings.keys_required)  # type: ignore[method-assign]  # FastAPI's documented way
     if own_process:
@@ -82,7 +86,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     removed = await run_in_threadpool(context.storage.clean_temporary)
     if removed:
         logger.info("removed %d temporary files that earlier processes left", removed)
+    before_the_server_stops(context.event_hub.close)
     yield
+    context.event_hub.close()
     context.engine.dispose()
     context.producer.close()
 

@@ -13,6 +13,7 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from api.callers import Caller
+from api.event_hub import EventHub
 from api.sampler import Slots
 from service import database, quotas
 from service.settings import Settings
@@ -33,6 +34,7 @@ class Context:
     storage: Storage
     producer: Celery
     sampler_slots: Slots
+    event_hub: EventHub
     check_limiter: CapacityLimiter
     """Of the threads that check what was uploaded, each with a process that may take long and much memory."""
 

@@ -81,7 +81,7 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     reasons = {
         400: "The body could not be read.",
         401: "There is no valid API key in the request.",
-        403: "The service runs without API keys, and this does not come from its own machine.",
+        403: "The operator does not allow it: without API keys only the service's own machine may ask.",
         404: "There is no such thing.",
         408: "The upload stalled.",
         409: "The state of the resource does not allow this.",

@@ -167,6 +167,8 @@ class Stack:
             WORKER_STOP_SECONDS,
         )
         yield "sweeper", ["worker.sweeper"], 10.0
+        if os.environ.get("SLIMTUNE_WEBHOOK_ALLOWED"):
+            yield "webhooks", ["worker.webhooks"], 15.0  # it ends what it is sending, at most ten seconds
 
     def _spawn(self, name: str, module: list[str], environment: dict[str, str], stop_seconds: float) -> Child:
         return spawn(

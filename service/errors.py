@@ -29,7 +29,8 @@ def _shown(text: str) -> str:
 
 
 class NotFoundError(ServiceError):
-    """There is no such resource: `kind` is `job`, `dataset`, `tokenizer`, `model`, `checkpoint` or `file`."""
+    """There is no such resource: `kind` is `job`, `dataset`, `tokenizer`, `model`, `checkpoint`, `file` or
+    `webhook`."""
 
     status = 404
 
@@ -491,3 +492,66 @@ class GenerateFailedError(ServiceError):
 
     status = 500
     code = "generate_failed"
+
+
+class TooManyStreamsError(ServiceError):
+    """The process has as many streams of events as it may."""
+
+    status = 429
+    code = "too_many_streams"
+    retry_after_seconds = 5
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"{limit} streams of events are open, which is the most.", limit=limit)
+
+
+class WebhooksOffError(ServiceError):
+    """The operator allows no address."""
+
+    status = 403
+    code = "webhooks_off"
+
+    def __init__(self) -> None:
+        super().__init__("This service sends no webhooks; its operator can allow addresses (SLIMTUNE_WEBHOOK_ALLOWED).")
+
+
+class WebhookUrlInvalidError(ServiceError):
+    """The URL is not one that can be compared with what is allowed."""
+
+    status = 422
+    code = "webhook_url_invalid"
+    param = "url"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"url {reason}.", reason=reason)
+
+
+class WebhookUrlNotAllowedError(ServiceError):
+    """The operator does not allow this address."""
+
+    status = 403
+    code = "webhook_url_not_allowed"
+    param = "url"
+
+    def __init__(self) -> None:
+        super().__init__("Webhooks may not be sent to this address. Ask the operator which ones are allowed.")
+
+
+class TooManyWebhooksError(ServiceError):
+    """The tenant has as many webhooks as it may."""
+
+    status = 409
+    code = "too_many_webhooks"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"There are {limit} webhooks, which is the most. Delete one first.", limit=limit)
+
+
+class WebhookDisabledError(ServiceError):
+    """Nothing is sent to the webhook any more."""
+
+    status = 409
+    code = "webhook_disabled"
+
+    def __init__(self, webhook_id: str, reason: str | None) -> None:
+        super().__init__(f"{webhook_id} is disabled. POST /webhooks/{webhook_id}/enable first.", reason=reason)

@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import BigInteger, CheckConstraint, DateTime, ForeignKey, Identity, Index, Text, func, text
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from service.status import Desired, JobStatus
@@ -330,6 +330,62 @@ class JobEvent(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
     type: Mapped[str]
     data: Mapped[dict[str, Any]]
+
+
+class Webhook(Owned, Base):
+    """An address that hears of a tenant's jobs (webhooks.py)."""
+
+    __tablename__ = "webhooks"
+    __table_args__ = (Index("webhooks_tenant_id", "tenant", "id"),)
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    name: Mapped[str | None]
+    url: Mapped[str]
+    events: Mapped[list[str]] = mapped_column(ARRAY(Text()))
+    """The types that it wants."""
+    secret: Mapped[str]
+    """In plain text: it signs."""
+    old_secret: Mapped[str | None]
+    old_secret_until: Mapped[datetime | None]
+    """Until then the one before signs too."""
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    disabled_at: Mapped[datetime | None]
+    disabled_reason: Mapped[str | None]
+    failing_since: Mapped[datetime | None]
+    """Of the first failure after the last success."""
+    sent_at: Mapped[datetime | None]
+    """When it was last sent to."""
+    busy_until: Mapped[datetime | None]
+    """Of a sender that is sending to it, unless that has died."""
+
+
+class WebhookDelivery(Base):
+    """One event for one webhook: written with what it tells of, in one transaction (outbox.py)."""
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (
+        CheckConstraint("status IN ('pending', 'delivered', 'failed')", name="webhook_deliveries_status"),
+        Index("webhook_deliveries_due", "webhook_id", "next_attempt_at", postgresql_where=text("status = 'pending'")),
+        Index("webhook_deliveries_done", "finished_at", postgresql_where=text("status <> 'pending'")),
+    )
+
+    webhook_id: Mapped[str] = mapped_column(Id, ForeignKey("webhooks.id", ondelete="CASCADE"), primary_key=True)
+    event_id: Mapped[str] = mapped_column(Id, primary_key=True)
+    """The same for all webhooks that hear of the event."""
+    type: Mapped[str]
+    body: Mapped[str]
+    """As it is sent, each time."""
+    status: Mapped[str] = mapped_column(server_default="pending")
+    attempts: Mapped[int] = mapped_column(server_default="0")
+    response_status: Mapped[int | None]
+    """Of the last attempt that was answered."""
+    error: Mapped[str | None]
+    """Why the last attempt failed: a code of outbox.py."""
+    created_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+    last_attempt_at: Mapped[datetime | None]
+    next_attempt_at: Mapped[datetime | None] = mapped_column(server_default=func.clock_timestamp())
+    """None once it is done with."""
+    finished_at: Mapped[datetime | None]
 
 
 class Metric(Base):

@@ -7,17 +7,18 @@ import io
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, BackgroundTasks, Body, Query, Request, Response
+from fastapi import APIRouter, BackgroundTasks, Body, Header, Query, Request, Response
 from sqlalchemy.orm import Session
 
-from api import workload
+from api import sse, workload
 from api.dependencies import ContextDep, Limit, RequestId, SessionDep
+from api.event_stream import EventStream
 from api.problems import documented
 from api.responses import EventResponse, JobResponse, JobSummary, MetricResponse, Page
 from api.schemas import INT64_END, JOB_EXAMPLES, IdempotencyKey, JobRequest, ResumeRequest
 from service import events, idempotency, jobs, metrics, queue
 from service import models as rows
-from service.status import Action
+from service.status import TERMINAL, Action
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
@@ -33,6 +34,11 @@ CREATED: dict[int | str, dict[str, Any]] = {
             },
         }
     }
+}
+
+STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {sse.MEDIA_TYPE: {"schema": {"type": "string"}}}},
+    204: {"description": "The job is over, and `Last-Event-ID` says that the stream was read to its end."},
 }
 
 
@@ -177,14 +183,38 @@ def list_metrics(
 
 
 @router.get(
-    "/{job_id}/events", response_model=Page[EventResponse], summary="List events", responses=documented(404, 422)
+    "/{job_id}/events",
+    response_model=Page[EventResponse],
+    summary="List or watch events",
+    responses=documented(404, 422, 429) | STREAM,
 )
 def list_events(
     job_id: str,
+    request: Request,
     session: SessionDep,
+    context: ContextDep,
     after: Annotated[int, Query(ge=0, lt=INT64_END, description="Only events with a higher id.")] = 0,
-    limit: Annotated[int, Query(ge=1, le=1_000, description="The most events to answer.")] = 100,
-) -> dict[str, Any]:
-    """What happened to the job, oldest first."""
-    rows, has_more = events.page(session, job_id, after, limit)
-    return {"data": rows, "has_more": has_more}
+    limit: Annotated[int, Query(ge=1, le=1_000, description="The most events to answer in a list.")] = 100,
+    last_event_id: Annotated[
+        str | None,
+        Header(
+            alias="Last-Event-ID",
+            pattern=r"^([0-9]{1,19}(\.end)?)?$",
+            description="Of a stream that broke off: what it goes on after, in place of `after`.",
+        ),
+    ] = None,
+) -> Any:
+    """What happened to the job, oldest first.
+
+    As a stream of events if `Accept` says `text/event-stream`: what there is, then what comes, until the job is over.
+    The last event is `end` with the job's `status`; who comes back after it is answered 204.
+    """
+    if not sse.is_wanted(request.headers.get("accept", "")):
+        rows, has_more = events.page(session, job_id, after, limit)
+        return {"data": rows, "has_more": has_more}
+    status, newest = events.stand(session, job_id)
+    number, dot, _ = (last_event_id or str(after)).partition(".")
+    if dot and status in TERMINAL:
+        return Response(status_code=204)
+    heartbeat_seconds = context.settings.event_heartbeat_seconds
+    return EventStream(context.event_hub, job_id, int(number), newest, heartbeat_seconds)
