@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 DESCRIPTION = """Fine-tuning jobs under a hard memory budget: give a cap, get a plan that keeps it, the exact gradient,
 and the checkpoints. Errors are problem details (RFC 9457) with a stable `code`."""
 
+STREAMING = re.compile(r"/datasets|/tokenizers|/models|/v1/files|/v1/uploads/[^/]+/parts")
+"""Paths that take uploads."""
 CHECKS_AT_ONCE = 2
 """Of uploaded models and tokenizers: each has a process of its own with up to a gigabyte."""
 
@@ -55,7 +58,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.context = context
     errors.install(app)
-    app.add_middleware(BodyLimit, streaming_paths=frozenset({"/datasets", "/tokenizers", "/models"}))
+    app.add_middleware(BodyLimit, streaming=STREAMING)
     app.add_middleware(RequestContext)
     for resource in (datasets, tokenizers, models, plans, jobs, checkpoints, generate, devices, health):
         app.include_router(resource.router)
