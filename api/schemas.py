@@ -81,8 +81,8 @@ class StrictRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def _tag_by(field: str, default: str) -> Callable[[Any], str]:
-    """Which member of a union is meant: by one of its fields, which may be left out."""
+def tag_by(field: str, default: str) -> Callable[[Any], str]:
+    """Which member of a union is meant, as a tag: by one of its fields, which may be left out."""
 
     def tag(value: Any) -> str:
         if isinstance(value, BaseModel):
@@ -124,7 +124,7 @@ OptimizerChoice = Annotated[
     | Annotated[AdafactorFields, Tag("~adafactor")]
     | Annotated[SgdFields, Tag("~sgd")],
     Discriminator(
-        _tag_by("name", "adamw"),
+        tag_by("name", "adamw"),
         custom_error_type="unknown_optimizer",
         custom_error_message="name must be adamw, adafactor or sgd",
     ),
@@ -158,7 +158,7 @@ class LoraFields(StrictRequest):
 MethodChoice = Annotated[
     Annotated[FullFields, Tag("~full")] | Annotated[LoraFields, Tag("~lora")],
     Discriminator(
-        _tag_by("type", "full"), custom_error_type="unknown_method", custom_error_message="type must be full or lora"
+        tag_by("type", "full"), custom_error_type="unknown_method", custom_error_message="type must be full or lora"
     ),
 ]
 
