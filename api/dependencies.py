@@ -13,7 +13,8 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from api.sampler import Slots
-from service import database
+from service import database, tenancy
+from service.limits import UNLIMITED, Limits
 from service.settings import Settings
 from service.storage import Storage
 
@@ -37,13 +38,30 @@ async def get_context(request: Request) -> Context:
     return context
 
 
-async def get_session(context: Annotated[Context, Depends(get_context)]) -> AsyncIterator[Session]:
-    """A session whose transaction is committed before the answer goes out.
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks."""
+
+    tenant: str
+    key_id: str | None = None
+    """None where no key is needed."""
+    limits: Limits = UNLIMITED
+
+
+async def get_caller() -> Caller:
+    """Whose request it is."""
+    return Caller(tenancy.DEFAULT)
+
+
+async def get_session(
+    context: Annotated[Context, Depends(get_context)], caller: Annotated[Caller, Depends(get_caller)]
+) -> AsyncIterator[Session]:
+    """A session of the caller's tenant, whose transaction is committed before the answer goes out.
 
     Its beginning asks the database nothing and needs no thread. Its end does, and has one beyond the limit on threads:
     routes that hold all of these may be waiting for the connection that it gives back.
     """
-    transaction = database.transaction(context.engine)
+    transaction = database.transaction(context.engine, caller.tenant, caller.limits)
     session = transaction.__enter__()
     try:
         yield session
@@ -61,6 +79,7 @@ async def get_request_id(request: Request) -> str:
     return request_id
 
 
+CallerDep = Annotated[Caller, Depends(get_caller)]
 ContextDep = Annotated[Context, Depends(get_context)]
 SessionDep = Annotated[Session, Depends(get_session, scope="function")]
 RequestId = Annotated[str, Depends(get_request_id)]

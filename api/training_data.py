@@ -144,7 +144,7 @@ def not_tokenized(session: Session, dataset: Dataset, tokenizer: TokenizerRef) -
     """The refusal, after the tokens were asked for: in a transaction of its own, as the request's is rolled back."""
     bind: Any = session.get_bind()
     assert isinstance(bind, Engine)  # noqa: S101  # what api.dependencies makes sessions from
-    with database.transaction(bind) as own:
+    with database.transaction(bind, database.tenant_of(session)) as own:
         datasets.get(own, dataset.id, keep=True)
         status = tokenizations.request(own, dataset.id, tokenizer).status
     return DatasetNotTokenizedError("dataset", dataset.id, tokenizer.name, status)

@@ -10,7 +10,11 @@ from pydantic_core import from_json
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
+from service.limits import UNLIMITED, Limits
 from service.settings import Settings
+from service.tenancy import TenantSession, limits_of, tenant_of
+
+__all__ = ["engine", "limits_of", "tenant_of", "transaction", "try_lock"]
 
 CONNECT_TIMEOUT_SECONDS = 3
 STATEMENT_TIMEOUT_MILLISECONDS = 30_000
@@ -40,9 +44,18 @@ def engine(settings: Settings) -> Engine:
 
 
 @contextmanager
-def transaction(bind: Engine) -> Iterator[Session]:
-    """A session in one transaction: committed at the end, rolled back on any exception. Rows stay readable after."""
-    with Session(bind, expire_on_commit=False) as session, session.begin():
+def transaction(bind: Engine, tenant: str | None = None, limits: Limits = UNLIMITED) -> Iterator[Session]:
+    """A session in one transaction: committed at the end, rolled back on any exception. Rows stay readable after.
+
+    With a tenant it sees and changes only that tenant's rows (tenancy.py), and keeps to `limits` in what it adds;
+    without, as in workers and the sweeper, it sees all.
+    """
+    opened = (
+        Session(bind, expire_on_commit=False)
+        if tenant is None
+        else TenantSession(bind, tenant, limits, expire_on_commit=False)
+    )
+    with opened as session, session.begin():
         yield session
 
 

@@ -14,6 +14,7 @@ from service.dataset_files import format_of, reader
 from service.errors import DatasetInUseError, NotFoundError
 from service.filenames import clean_filename, clean_name
 from service.ids import is_id, new_id
+from service.limits import UNLIMITED, Limits
 from service.models import Dataset, Job, Tokenization, Tokenizer
 from service.pages import newest_first
 from service.status import TERMINAL, UNFINISHED
@@ -41,7 +42,15 @@ class DatasetUpload:
         self._upload.write(data)
         self._reader.feed(data)
 
-    def store(self, bind: Engine, name: str | None = None, tokenizer: str | None = None) -> Dataset:
+    def store(
+        self,
+        bind: Engine,
+        name: str | None = None,
+        tokenizer: str | None = None,
+        *,
+        tenant: str,
+        limits: Limits = UNLIMITED,
+    ) -> Dataset:
         """Make file and row durable, and have its tokens made: as bytes, and by `tokenizer`.
 
         Raises DatasetInvalidError, StorageFullError and what tokenizers.resolve raises; nothing is stored then.
@@ -49,6 +58,7 @@ class DatasetUpload:
         counts = self._reader.finish()
         dataset = Dataset(
             id=new_id("ds"),
+            tenant=tenant,
             name=clean_name(name or self.filename),
             filename=self.filename,
             format=self.format,
@@ -62,7 +72,9 @@ class DatasetUpload:
             problems=[],
         )
         path = self._files.path(storage.dataset_path(dataset.id, self.format, self.compression))
-        with uploads.recorded(bind, self._files, dataset_dir(dataset.id), lambda: self._upload.commit(path)) as session:
+        folder = dataset_dir(dataset.id)
+        recorded = uploads.recorded(bind, self._files, folder, lambda: self._upload.commit(path), tenant, limits)
+        with recorded as session:
             wanted = [BYTES] if tokenizer is None else [BYTES, tokenizers.resolve(session, tokenizer)]
             session.add(dataset)
             session.flush()

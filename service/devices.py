@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from service.errors import MemoryCapExceedsDeviceError
 from service.models import Device, Job
 from service.status import JobStatus
+from service.tenancy import EVERY_TENANT
 
 ANNOUNCE_SECONDS = 60.0
 """Between two announcements of a worker that lives."""
@@ -99,7 +100,7 @@ def page(session: Session) -> list[DeviceState]:
             live=live,
             updated_at=device.updated_at,
         )
-        for device, bytes_in_use, jobs_running, live in session.execute(query)
+        for device, bytes_in_use, jobs_running, live in session.execute(query, execution_options=EVERY_TENANT)
     ]
 
 

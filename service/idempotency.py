@@ -40,16 +40,17 @@ def once(
     key: str | None,
     request: dict[str, Any],
     create: Callable[[], Created],
-    tenant: str = "default",
+    tenant: str | None = None,
 ) -> Created:
     """What `create` returns, or what it returned when this key came first. Without a key: `create` each time.
 
-    A key is its tenant's, and is forgotten after `LIFETIME`. `request` is JSON, validated, without defaults.
-    Raises IdempotencyKeyInFlightError while another transaction works under the key, IdempotencyKeyReusedError if the
-    key came with another request, and what `create` raises.
+    A key is its tenant's (default: the session's), and is forgotten after `LIFETIME`. `request` is JSON, validated,
+    without defaults. Raises IdempotencyKeyInFlightError while another transaction works under the key,
+    IdempotencyKeyReusedError if the key came with another request, and what `create` raises.
     """
     if key is None:
         return create()
+    tenant = tenant or database.tenant_of(session)
     if not database.try_lock(session, _lock_of(tenant, key)):
         raise IdempotencyKeyInFlightError
     request_sha256 = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()

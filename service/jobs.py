@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session, defer
 
-from service import base_models, datasets, events, tokenizations, tokenizers
+from service import base_models, database, datasets, events, tokenizations, tokenizers
 from service.errors import JobStateConflictError, NotFoundError
 from service.ids import is_id, new_id
 from service.models import Job
@@ -33,14 +33,14 @@ def create(
     validation_dataset_id: str | None = None,
     base_model_id: str | None = None,
     tokenizer: TokenizerRef = tokenizers.BYTES,
-    tenant: str = "default",
+    tenant: str | None = None,
     request_id: str | None = None,
 ) -> Job:
     """A new queued job with its first events, the first of which names the request that asked for it.
 
     `name`, `model` and `metadata` come from `spec`. The tokens of its datasets are made by the preparer, unless the
-    trainer is first. Raises NotFoundError if a dataset, the base model or the tokenizer is gone: their rows stay locked
-    against deletion until the transaction ends.
+    trainer is first. It belongs to the session's tenant, unless `tenant` names one. Raises NotFoundError if a dataset,
+    the base model or the tokenizer is gone: their rows stay locked against deletion until the transaction ends.
     """
     for identifier in filter(None, (dataset_id, validation_dataset_id)):
         datasets.get(session, identifier, keep=True)
@@ -65,7 +65,7 @@ def create(
         total_steps=train["steps"],
         predicted_peak_bytes=plan["predicted_peak_bytes"],
         job_metadata=spec.get("metadata") or {},
-        tenant=tenant,
+        tenant=tenant or database.tenant_of(session),
         tokenizer_key=tokenizer.key,
         tokenizer_path=tokenizer.path,
         tokenizer_id=tokenizer.name if is_id("tok", tokenizer.name) else None,

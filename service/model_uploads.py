@@ -16,6 +16,7 @@ from service.errors import ModelInvalidError
 from service.filenames import clean_name
 from service.ids import new_id
 from service.jsonable import clean_text
+from service.limits import UNLIMITED, Limits
 from service.models import Model
 from service.status import PENDING, READY
 from service.storage import Storage, converted_path, model_path
@@ -72,25 +73,36 @@ class ModelUpload:
                 raise ModelInvalidError([{"file": GGUF_FILE, "reason": "is not GGUF: it begins with other bytes"}])
         self._upload.write(data)
 
-    def store(self, bind: Engine, name: str | None, check: Callable[[Path], CheckedModel]) -> Model:
+    def store(
+        self,
+        bind: Engine,
+        name: str | None,
+        check: Callable[[Path], CheckedModel],
+        *,
+        tenant: str,
+        limits: Limits = UNLIMITED,
+    ) -> Model:
         """Make files and row durable, after `check` of the folder, which a .gguf only gets when it is converted.
 
         Raises ModelInvalidError, as `check` does (nothing is stored), StorageFullError.
         """
         self._upload.seal()
         checked = None if self._names == [GGUF_FILE] else check(self._upload.folder)
-        row = self._row(name, checked)
-        path = self._files.path(model_path(row.id))
-        with uploads.recorded(bind, self._files, model_path(row.id), lambda: self._upload.commit(path)) as session:
+        row = self._row(tenant, name, checked)
+        folder = model_path(row.id)
+        path = self._files.path(folder)
+        recorded = uploads.recorded(bind, self._files, folder, lambda: self._upload.commit(path), tenant, limits)
+        with recorded as session:
             session.add(row)
             session.flush()
             session.refresh(row)
         return row
 
-    def _row(self, name: str | None, checked: CheckedModel | None) -> Model:
+    def _row(self, tenant: str, name: str | None, checked: CheckedModel | None) -> Model:
         model_id = new_id("model")
         row = Model(
             id=model_id,
+            tenant=tenant,
             name=clean_name(name or self._default_name),
             kind="upload",
             status=PENDING if checked is None else READY,

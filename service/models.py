@@ -49,6 +49,12 @@ class Prepared:
     finished_at: Mapped[datetime | None]
 
 
+class Owned:
+    """Rows that belong to a tenant (tenancy.py)."""
+
+    tenant: Mapped[str] = mapped_column(Id, server_default="default")
+
+
 def _prepared_args(table: str) -> tuple[CheckConstraint | Index, ...]:
     return (
         CheckConstraint("status IN ('pending', 'running', 'ready', 'failed')", name=f"{table}_status"),
@@ -74,13 +80,14 @@ class Tokenization(Prepared, Base):
     """What the token files' meta.json says, once they are there."""
 
 
-class Tokenizer(Prepared, Base):
+class Tokenizer(Owned, Prepared, Base):
     """A tokenizer.json: uploaded, or trained on a dataset."""
 
     __tablename__ = "tokenizers"
     __table_args__ = (
         *_prepared_args("tokenizers"),
         CheckConstraint("source IN ('upload', 'trained')", name="tokenizers_source"),
+        Index("tokenizers_tenant_id", "tenant", "id"),
     )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
@@ -90,6 +97,8 @@ class Tokenizer(Prepared, Base):
     """Of its content (Tokenization.key), once it is known."""
     path: Mapped[str]
     """Folder, relative to the data folder."""
+    bytes: Mapped[int] = mapped_column(server_default="0")
+    """Of its files."""
     vocab_size: Mapped[int | None]
     wanted_vocab_size: Mapped[int | None]
     """Of one that is trained."""
@@ -97,7 +106,7 @@ class Tokenizer(Prepared, Base):
     """What it is trained on. No foreign key: it outlives that."""
 
 
-class Dataset(Base):
+class Dataset(Owned, Base):
     """An uploaded file; its counts where they were known when it arrived, under the byte tokenizer (UTF-8 bytes and one
     border per document)."""
 
@@ -106,6 +115,7 @@ class Dataset(Base):
         CheckConstraint("format IN ('txt', 'jsonl', 'parquet')", name="datasets_format"),
         CheckConstraint("compression IN ('gzip', 'zstd')", name="datasets_compression"),
         CheckConstraint("kind IN ('text', 'prompt_completion', 'messages')", name="datasets_kind"),
+        Index("datasets_tenant_id", "tenant", "id"),
     )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
@@ -129,7 +139,7 @@ class Dataset(Base):
     )
 
 
-class Model(Prepared, Base):
+class Model(Owned, Prepared, Base):
     """A folder of weights to start jobs from: uploaded, or the output of a succeeded job."""
 
     __tablename__ = "models"
@@ -138,6 +148,7 @@ class Model(Prepared, Base):
         CheckConstraint("kind IN ('output', 'upload')", name="models_kind"),
         CheckConstraint("(kind = 'output') = (job_id IS NOT NULL AND step IS NOT NULL)", name="models_job"),
         CheckConstraint("status <> 'ready' OR config IS NOT NULL AND layout IS NOT NULL", name="models_described"),
+        Index("models_tenant_id", "tenant", "id"),
     )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
@@ -162,13 +173,15 @@ class Model(Prepared, Base):
     tokenizer_path: Mapped[str | None]
 
 
-class Job(Base):
+class Job(Owned, Base):
     __tablename__ = "jobs"
     __table_args__ = (
         CheckConstraint(_one_of("status", JobStatus), name="jobs_status"),
         CheckConstraint(_one_of("desired", Desired), name="jobs_desired"),
         CheckConstraint("(status = 'running') = (lease_until IS NOT NULL)", name="jobs_lease_while_running"),
         Index("jobs_status_id", "status", "id"),
+        Index("jobs_tenant_id", "tenant", "id"),
+        Index("jobs_tenant_status_id", "tenant", "status", "id"),
         Index("jobs_lease", "lease_until", postgresql_where=text("status = 'running'")),
         Index("jobs_queued", "tenant", "id", postgresql_where=text("status = 'queued'")),
         Index("jobs_running", "device_id", postgresql_where=text("status = 'running'")),
@@ -218,8 +231,6 @@ class Job(Base):
     error: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
     """{code, message, step, hint} of a job that failed, or was paused because it cannot go on."""
     job_metadata: Mapped[dict[str, str]] = mapped_column("metadata", server_default=text("'{}'"))
-    tenant: Mapped[str] = mapped_column(Id, server_default="default")
-    """In whose queue it waits."""
     device_id: Mapped[str | None] = mapped_column(Id)
     """Where its last attempt runs or ran."""
     charged_bytes: Mapped[int | None]
@@ -267,7 +278,32 @@ class TenantUsage(Base):
     updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
-class IdempotencyKey(Base):
+class ApiKey(Base):
+    """Who may ask for what (keys.py). The key itself is nowhere; limits that are null do not apply."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    tenant: Mapped[str] = mapped_column(Id)
+    name: Mapped[str]
+    """For people."""
+    sha256: Mapped[str] = mapped_column(Id, unique=True)
+    """Of the whole key, in hex."""
+    prefix: Mapped[str]
+    """The key's first characters, for people to tell keys apart."""
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]
+    """To the minute."""
+    requests_per_minute: Mapped[int | None]
+    max_jobs: Mapped[int | None]
+    """Unfinished ones of the tenant."""
+    max_bytes: Mapped[int | None]
+    """That the tenant's datasets, tokenizers, models and checkpoints may hold."""
+
+
+class IdempotencyKey(Owned, Base):
     """What a request was answered under its Idempotency-Key (idempotency.py)."""
 
     __tablename__ = "idempotency_keys"

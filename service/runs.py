@@ -412,6 +412,7 @@ def _create_output(session: Session, job: Job, output: OutputModel | None) -> st
     has_tokenizer = job.tokenizer_key != BYTES_KEY
     model = Model(
         id=new_id("model"),
+        tenant=job.tenant,
         name=job.name or f"{job.model} of {job.id}",
         kind="output",
         status=READY,

@@ -20,6 +20,7 @@ from service.errors import (
 )
 from service.filenames import clean_filename, clean_name
 from service.ids import is_id, new_id
+from service.limits import UNLIMITED, Limits
 from service.models import Dataset, Job, Model, Tokenization, Tokenizer
 from service.pages import newest_first
 from service.status import FAILED, PENDING, READY, TERMINAL, UNFINISHED
@@ -97,7 +98,7 @@ class TokenizerUpload:
         """Take the next bytes. Raises UploadTooLargeError, StorageFullError."""
         self._upload.write(data)
 
-    def store(self, bind: Engine, name: str | None = None) -> Tokenizer:
+    def store(self, bind: Engine, name: str | None = None, *, tenant: str, limits: Limits = UNLIMITED) -> Tokenizer:
         """Make files and row durable, to be checked by the preparer.
 
         Raises TokenizerInvalidError, StorageFullError; nothing is stored then.
@@ -109,9 +110,11 @@ class TokenizerUpload:
             reason = problem_of_config(self._upload.folder / CONFIG_FILE)
         if reason is not None:
             raise TokenizerInvalidError(reason)
-        row = _new(name or FILE, "upload")
+        row = _new(tenant, name or FILE, "upload")
+        row.bytes = self._upload.bytes
         path = self._files.path(row.path)
-        with uploads.recorded(bind, self._files, row.path, lambda: self._upload.commit(path)) as session:
+        recorded = uploads.recorded(bind, self._files, row.path, lambda: self._upload.commit(path), tenant, limits)
+        with recorded as session:
             session.add(row)
             session.flush()
             session.refresh(row)
@@ -129,7 +132,7 @@ class TokenizerUpload:
 
 def train(session: Session, dataset: Dataset, vocab_size: int, name: str | None = None) -> Tokenizer:
     """A tokenizer to be trained by the preparer on a dataset, whose row the caller holds."""
-    row = _new(name or f"BPE of {dataset.name}", "trained")
+    row = _new(dataset.tenant, name or f"BPE of {dataset.name}", "trained")
     row.dataset_id = dataset.id
     row.wanted_vocab_size = vocab_size
     session.add(row)
@@ -179,7 +182,7 @@ def delete(session: Session, tokenizer_id: str) -> str:
     return row.path
 
 
-def _new(name: str, source: str) -> Tokenizer:
+def _new(tenant: str, name: str, source: str) -> Tokenizer:
     identifier = new_id("tok")
     path = storage.tokenizer_dir(identifier)
-    return Tokenizer(id=identifier, name=clean_name(name), source=source, status=PENDING, path=path)
+    return Tokenizer(id=identifier, tenant=tenant, name=clean_name(name), source=source, status=PENDING, path=path)

@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 
 from service import database
 from service.errors import StorageFullError
+from service.limits import UNLIMITED, Limits
 from service.models import Checkpoint, Dataset, Model, Tokenizer
 from service.storage import Storage
 
@@ -26,9 +27,11 @@ class FilesGoneError(Exception):
 
 
 @contextmanager
-def recorded(bind: Engine, files: Storage, folder: str, commit: Callable[[], None]) -> Iterator[Session]:
-    """Have `commit` put the files into `folder`, relative to the data folder; then the transaction that adds their row.
-    Both are there in the end, or neither.
+def recorded(
+    bind: Engine, files: Storage, folder: str, commit: Callable[[], None], tenant: str, limits: Limits = UNLIMITED
+) -> Iterator[Session]:
+    """Have `commit` put the files into `folder`, relative to the data folder; then the transaction, the tenant's, that
+    adds their row. Both are there in the end, or neither.
 
     Where this process or the database dies meanwhile, which of them is there is in doubt until `settle` looks. Raises
     StorageFullError, and FilesGoneError where this process stood still for so long that `settle` has looked.
@@ -37,7 +40,7 @@ def recorded(bind: Engine, files: Storage, folder: str, commit: Callable[[], Non
     committing = False
     try:
         commit()
-        with database.transaction(bind) as session:
+        with database.transaction(bind, tenant, limits) as session:
             yield session
             session.flush()
             _check_there(files, folder)

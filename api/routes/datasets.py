@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, BackgroundTasks, Body, Query, Request, Response
 
-from api.dependencies import ContextDep, Limit, SessionDep
+from api.dependencies import CallerDep, ContextDep, Limit, SessionDep
 from api.problems import documented
 from api.responses import DatasetResponse, Page, TokenizationResponse
 from api.schemas import TOKENIZATION_EXAMPLES, TokenizationRequest
@@ -38,7 +38,7 @@ UPLOAD_BODY = form_body(
     responses=documented(404, 408, 409, 413, 422, 507),
     openapi_extra=UPLOAD_BODY,
 )
-async def upload(request: Request, response: Response, context: ContextDep) -> DatasetResponse:
+async def upload(request: Request, response: Response, context: ContextDep, caller: CallerDep) -> DatasetResponse:
     """Stream a file into the store. `.txt` is one document; each line of `.jsonl`, and each row of `.parquet`, is one:
     `{"text": "..."}`, `{"prompt": "...", "completion": "..."}` (the loss is the completion's) or `{"messages":
     [{"role": "...", "content": "..."}, ...]}` (the loss is the assistant's).
@@ -52,7 +52,8 @@ async def upload(request: Request, response: Response, context: ContextDep) -> D
         return DatasetUpload(context.storage, filename, settings.max_upload_bytes, settings.max_expanded_bytes)
 
     def store(sink: DatasetUpload, name: str | None, tokenizer: str | None) -> DatasetResponse:
-        return DatasetResponse.of_row(sink.store(context.engine, name, tokenizer))
+        row = sink.store(context.engine, name, tokenizer, tenant=caller.tenant, limits=caller.limits)
+        return DatasetResponse.of_row(row)
 
     dataset = await receive_upload(request, open_sink, store, ("name", "tokenizer"))
     response.headers["Location"] = f"/datasets/{dataset.id}"

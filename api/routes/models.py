@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, BackgroundTasks, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from api.dependencies import ContextDep, Limit, SessionDep
+from api.dependencies import CallerDep, ContextDep, Limit, SessionDep
 from api.model_check import check_model
 from api.problems import documented
 from api.responses import ModelResponse, Page
@@ -38,7 +38,7 @@ UPLOAD_BODY = form_body(
     responses=documented(408, 413, 422, 507),
     openapi_extra=UPLOAD_BODY,
 )
-async def upload(request: Request, response: Response, context: ContextDep) -> ModelResponse:
+async def upload(request: Request, response: Response, context: ContextDep, caller: CallerDep) -> ModelResponse:
     """Stream the files of a model into the store: `config.json` and `model.safetensors` (or shards with their index),
     and its tokenizer; or one `.gguf`, which a worker converts in the background (`status` says when it is ready).
 
@@ -50,7 +50,8 @@ async def upload(request: Request, response: Response, context: ContextDep) -> M
         return check_model(folder, settings.preparer_memory_bytes)
 
     def store(sink: ModelUpload, name: str | None) -> ModelResponse:
-        return ModelResponse.of_row(sink.store(context.engine, name, check))
+        row = sink.store(context.engine, name, check, tenant=caller.tenant, limits=caller.limits)
+        return ModelResponse.of_row(row)
 
     sink = await run_in_threadpool(ModelUpload, context.storage, settings.max_model_bytes)
     model = await receive_files(request, sink, store, MAX_FILES, limiter=context.check_limiter)

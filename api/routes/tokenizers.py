@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 from starlette.concurrency import run_in_threadpool
 
-from api.dependencies import Context, ContextDep, Limit, SessionDep
+from api.dependencies import Caller, CallerDep, Context, ContextDep, Limit, SessionDep
 from api.errors import BodyTooLargeError
 from api.problems import documented
 from api.responses import Page, TokenizerResponse
@@ -61,19 +61,20 @@ BODY["requestBody"]["content"]["application/json"] = {
     responses=documented(404, 408, 413, 422, 507),
     openapi_extra=BODY,
 )
-async def create(request: Request, response: Response, context: ContextDep) -> TokenizerResponse:
+async def create(request: Request, response: Response, context: ContextDep, caller: CallerDep) -> TokenizerResponse:
     """Send `tokenizer.json` as the tokenizers library writes it (form field `file`), and beside it, if there are such,
     `tokenizer_config.json` and `chat_template.jinja`, each in a field `file` of its own. Or send JSON to have a BPE
     trained on a dataset. Either is `preparing` until a worker has looked at it.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json":
         wanted = await _read(request)
-        tokenizer = await run_in_threadpool(_train, context, wanted)
+        tokenizer = await run_in_threadpool(_train, context, caller, wanted)
     else:
         sink = await run_in_threadpool(TokenizerUpload, context.storage)
 
         def store(sink: TokenizerUpload, name: str | None) -> TokenizerResponse:
-            return TokenizerResponse.of_row(sink.store(context.engine, name))
+            row = sink.store(context.engine, name, tenant=caller.tenant, limits=caller.limits)
+            return TokenizerResponse.of_row(row)
 
         tokenizer = await receive_files(request, sink, store, max_files=len(FILES), limiter=context.check_limiter)
     response.headers["Location"] = f"/tokenizers/{tokenizer.id}"
@@ -106,8 +107,8 @@ def delete(tokenizer_id: str, session: SessionDep, context: ContextDep, backgrou
     background.add_task(context.storage.remove, folder)
 
 
-def _train(context: Context, wanted: TrainTokenizerRequest) -> TokenizerResponse:
-    with database.transaction(context.engine) as session:
+def _train(context: Context, caller: Caller, wanted: TrainTokenizerRequest) -> TokenizerResponse:
+    with database.transaction(context.engine, caller.tenant, caller.limits) as session:
         dataset = datasets.get(session, wanted.train.dataset, keep=True)
         row = tokenizers.train(session, dataset, wanted.train.vocab_size, wanted.name)
         return TokenizerResponse.of_row(row)

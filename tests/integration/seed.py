@@ -40,10 +40,10 @@ PLAN = {
 LEASE_SECONDS = 60.0
 
 
-def add_dataset(bind: Engine, storage: Storage, text: str = "Hello, world. " * 100) -> Dataset:
+def add_dataset(bind: Engine, storage: Storage, text: str = "Hello, world. " * 100, tenant: str = "default") -> Dataset:
     with DatasetUpload(storage, "text.txt", 2**30) as upload:
         upload.write(text.encode())
-        return upload.store(bind)
+        return upload.store(bind, tenant=tenant)
 
 
 def add_job(
@@ -55,19 +55,22 @@ def add_job(
     steps: int = 10,
     **spec: Any,
 ) -> Job:
-    train = TrainConfig(sequence_length=128, batch_size=1, steps=steps).to_json()
     defaults = {"name": "a job", "model": "performer-tiny", "dataset": dataset_id, "keep": keep, "metadata": {}}
     with transaction(bind) as session:
         return jobs.create(
             session,
             spec={**defaults, **spec},
-            train=train,
-            model_config=BUILTIN_MODELS["performer-tiny"].to_json(),
-            plan=PLAN,
+            **planned(steps),
             memory_cap_bytes=memory_cap_bytes,
             dataset_id=dataset_id,
             tenant=tenant,
         )
+
+
+def planned(steps: int = 10) -> dict[str, Any]:
+    """What a plan adds to a job's request."""
+    train = TrainConfig(sequence_length=128, batch_size=1, steps=steps).to_json()
+    return {"train": train, "model_config": BUILTIN_MODELS["performer-tiny"].to_json(), "plan": PLAN}
 
 
 def claim(bind: Engine, job_id: str, worker: str = "worker-1", lease_seconds: float = LEASE_SECONDS) -> ClaimedJob:

@@ -39,7 +39,7 @@ def settings(settings: Settings) -> Settings:
 def upload(bind: Engine, storage: Storage, filename: str, content: bytes) -> Dataset:
     with DatasetUpload(storage, filename, 2**30) as sink:
         sink.write(content)
-        return sink.store(bind)
+        return sink.store(bind, tenant="default")
 
 
 def jsonl(*lines: dict[str, Any]) -> bytes:
@@ -277,7 +277,7 @@ def test_a_tokenizer_is_trained_checked_and_used(bind: Engine, settings: Setting
             if (path := storage.path(f"{row.path}/{name}")).exists():
                 sink.begin(name)
                 sink.write(path.read_bytes())
-        uploaded = sink.store(bind)
+        uploaded = sink.store(bind, tenant="default")
     _until_idle(bind, settings)
     with database.transaction(bind) as session:
         reference = tokenizers.resolve(session, uploaded.id)
@@ -294,7 +294,7 @@ def test_a_tokenizer_that_the_library_refuses_has_failed(bind: Engine, settings:
     with TokenizerUpload(storage) as sink:
         sink.begin("tokenizer.json")
         sink.write(json.dumps({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a x"]}}).encode())
-        row = sink.store(bind)
+        row = sink.store(bind, tenant="default")
     assert Preparer(bind, settings, "a worker").step()
     with database.transaction(bind) as session:
         found = session.get_one(Tokenizer, row.id)

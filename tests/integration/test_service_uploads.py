@@ -28,7 +28,7 @@ HOUR = 3_600
 def send(bind: Engine, storage: Storage, tokenizer: str | None = None) -> str:
     with DatasetUpload(storage, "a.txt", 100) as upload:
         upload.write(b"text")
-        return upload.store(bind, tokenizer=tokenizer).id
+        return upload.store(bind, tokenizer=tokenizer, tenant="default").id
 
 
 def folders(storage: Storage) -> list[str]:
@@ -99,7 +99,7 @@ def begin(bind: Engine, storage: Storage, dataset: str) -> AbstractContextManage
     """What has put the file in its place and waits before its row."""
     path = storage.path(f"datasets/{dataset}/data.txt")
     with storage.upload(100) as upload:
-        recording = uploads.recorded(bind, storage, f"datasets/{dataset}", lambda: upload.commit(path))
+        recording = uploads.recorded(bind, storage, f"datasets/{dataset}", lambda: upload.commit(path), "default")
         recording.__enter__()
     return recording
 
