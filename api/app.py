@@ -17,6 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from api import errors
 from api.dependencies import Context
 from api.middleware import BodyLimit, RequestContext
+from api.openai import router as openai
 from api.problems import Problem
 from api.routes import checkpoints, datasets, devices, generate, health, jobs, models, plans, tokenizers
 from api.sampler import Slots
@@ -62,6 +63,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(RequestContext)
     for resource in (datasets, tokenizers, models, plans, jobs, checkpoints, generate, devices, health):
         app.include_router(resource.router)
+    app.include_router(openai.router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way
     if own_process:
         # What exists by now stays, hundreds of thousands of objects: to look through them for garbage, every few

@@ -148,7 +148,7 @@ def delete(session: Session, dataset_id: str) -> str:
     return dataset_dir(dataset_id)
 
 
-def _readers(dataset_id: Any) -> Select[tuple[str]]:
+def _readers(dataset_id: Any) -> Select[str]:
     """Unfinished jobs that read it."""
     return select(Job.id).where(
         or_(Job.dataset_id == dataset_id, Job.validation_dataset_id == dataset_id),
@@ -156,7 +156,7 @@ def _readers(dataset_id: Any) -> Select[tuple[str]]:
     )
 
 
-def _training(dataset_id: Any) -> Select[tuple[str]]:
+def _training(dataset_id: Any) -> Select[str]:
     """Tokenizers that are being trained on it."""
     return select(Tokenizer.id).where(Tokenizer.dataset_id == dataset_id, Tokenizer.status.in_(UNFINISHED))
 

@@ -214,7 +214,8 @@ def _is_claimed(session: Session, upload: PartUpload) -> bool:
 
 
 def _now(session: Session) -> datetime:
-    return session.scalars(select(func.clock_timestamp())).one()
+    now: datetime = session.scalars(select(func.clock_timestamp())).one()
+    return now
 
 
 def _release(bind: Engine, upload_id: str, claim: str) -> None:

@@ -148,7 +148,8 @@ def _write(session: Session, files: Storage, job: Job) -> str:
             if rows:
                 upload.write(_lines(_values(row) for row in rows))
                 after = rows[-1].step
-                session.expunge_all()
+                for row in rows:
+                    session.expunge(row)
         name = f"metrics-{upload.sha256}.csv"
         upload.commit(files.path(f"{results_dir(job.id)}/{name}"))
     return name
