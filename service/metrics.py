@@ -23,4 +23,4 @@ def page(session: Session, job_id: str, after_step: int = -1, limit: int = 1_000
 def losses_at(session: Session, job_id: str, steps: Sequence[int]) -> dict[int, float | None]:
     """Training loss of these steps, as far as they have a row."""
     query = select(Metric.step, Metric.loss).where(Metric.job_id == job_id, Metric.step.in_(steps))
-    return dict(session.execute(query).tuples().all())
+    return dict(session.execute(query).all())

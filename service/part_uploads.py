@@ -226,7 +226,7 @@ def _release(bind: Engine, upload_id: str, claim: str) -> None:
 
 def _check_parts(session: Session, upload: PartUpload, part_ids: Sequence[str]) -> None:
     query = select(UploadPart.id, UploadPart.bytes).where(UploadPart.upload_id == upload.id)
-    known = dict(session.execute(query).tuples().all())
+    known = dict(session.execute(query).all())
     for part_id in part_ids:
         if part_id not in known:
             raise NotFoundError("part", part_id)

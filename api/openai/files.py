@@ -28,6 +28,10 @@ from service.storage import Storage, dataset_path
 router = APIRouter(prefix="/files")
 
 ANCHOR, SECONDS = "expires_after[anchor]", "expires_after[seconds]"
+EXPIRY: dict[str, Any] = {
+    ANCHOR: {"type": "string", "enum": ["created_at"]},
+    SECONDS: {"type": "integer", "minimum": MIN_EXPIRY_SECONDS, "maximum": MAX_EXPIRY_SECONDS},
+}
 UPLOAD_BODY = form_body(
     {
         "type": "string",
@@ -38,10 +42,7 @@ UPLOAD_BODY = form_body(
     purpose={"type": "string", "enum": ["fine-tune"]},
     name={"type": "string", "maxLength": 200, "description": "Of the dataset. Default: the file's name."},
     tokenizer={"type": "string", "description": "Id of a tokenizer or model: have the tokens made by it."},
-    **{
-        ANCHOR: {"type": "string", "enum": ["created_at"]},
-        SECONDS: {"type": "integer", "minimum": MIN_EXPIRY_SECONDS, "maximum": MAX_EXPIRY_SECONDS},
-    },
+    **EXPIRY,
 )
 CONTENT: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
@@ -95,7 +96,7 @@ def _expiry(anchor: str | None, seconds: str | None) -> int | None:
 def list_page(
     session: SessionDep,
     purpose: Annotated[
-        Literal["fine-tune"] | None, Query(description="The one that there is: results are in a job's `result_files`.")
+        str | None, Query(max_length=64, description="`fine-tune`; there are no files of another purpose in this list.")
     ] = None,
     after: Annotated[
         str | None, Query(pattern="^ds_[0-9a-f]{32}$", description="The last id of the page before.")
@@ -103,7 +104,9 @@ def list_page(
     limit: Limit = 100,
     order: Annotated[Literal["asc", "desc"], Query(description="By creation.")] = "desc",
 ) -> ListOf[FileObject]:
-    """Uploaded files. What jobs leave is not among them."""
+    """Uploaded files. What a job leaves is not among them but in its `result_files`."""
+    if purpose not in (None, "fine-tune"):
+        return list_of([], has_more=False)
     rows, has_more = datasets.page(session, after, page_size(limit), ascending=order == "asc")
     return list_of([FileObject.of_dataset(row) for row in rows], has_more)
 

@@ -57,8 +57,11 @@ async def complete(
     context: ContextDep,
     caller: CallerDep,
 ) -> UploadObject:
-    """Put the parts together in this order, and make a file of them. Asking twice is fine. If the parts are not the file
-    that was announced, or a line of it is broken, no file is made and the upload stays open."""
+    """Put the parts together in this order, and make a file of them. Asking twice is fine.
+
+    If the parts are not the file that was announced, or a line of it is broken, no file is made and the upload stays
+    open.
+    """
 
     def work() -> UploadObject:
         upload, dataset = part_uploads.complete(
