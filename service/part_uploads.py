@@ -17,7 +17,7 @@ from typing import Any, Self
 from sqlalchemy import Engine, delete, func, select, update
 from sqlalchemy.orm import Session
 
-from service import database
+from service import database, quotas
 from service.datasets import DatasetUpload
 from service.errors import (
     NotFoundError,
@@ -54,15 +54,17 @@ logger = logging.getLogger(__name__)
 def create(
     session: Session, filename: str, size_bytes: int, limit_bytes: int, file_expires_seconds: int | None = None
 ) -> PartUpload:
-    """A new upload of so many bytes. Raises UploadTooLargeError, UploadsOpenError; what the name cannot be is said when
-    the parts are put together."""
+    """A new upload of so many bytes. Raises UploadTooLargeError, UploadsOpenError, and StorageQuotaExceededError if what
+    is open cannot all be kept."""
     if size_bytes > limit_bytes:
         raise UploadTooLargeError(limit_bytes)
     tenant = database.tenant_of(session)
     database.lock(session, _lock_of(tenant))  # or two requests count the same uploads
-    still_open = select(func.count()).select_from(PartUpload).where(_is_open())
-    if session.scalars(still_open).one() >= MAX_OPEN:
+    still_open = select(func.count(), func.coalesce(func.sum(PartUpload.bytes), 0)).where(_is_open())
+    count, announced = session.execute(still_open).one()
+    if count >= MAX_OPEN:
         raise UploadsOpenError(MAX_OPEN)
+    quotas.admit_bytes(session, int(announced) + size_bytes)
     upload = PartUpload(
         id=new_id("upload"),
         tenant=tenant,

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from sqlalchemy.orm import Session
 from starlette.responses import Response
 
-from api.dependencies import CallerDep, ContextDep, SessionDep
+from api.dependencies import CallerDep, ContextDep, HasRoom, SessionDep
 from api.downloads import Download
 from api.errors import InvalidRequestError
 from api.openai.paging import Limit, page_size
@@ -56,6 +56,7 @@ CONTENT: dict[int | str, dict[str, Any]] = {
     summary="Upload a file",
     responses=documented(404, 408, 409, 413, 422, 507),
     openapi_extra=UPLOAD_BODY,
+    dependencies=[HasRoom],
 )
 async def create(request: Request, context: ContextDep, caller: CallerDep) -> FileObject:
     """As POST /datasets: checked line by line while it arrives, and nothing of it is stored if a line is broken. The

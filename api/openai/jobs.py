@@ -59,7 +59,7 @@ JobId = Annotated[str, Query(pattern="^job_[0-9a-f]{32}$", description="The last
     "",
     response_model=FineTuningJob,
     summary="Create a fine-tuning job",
-    responses=documented(400, 404, 409, 413, 422) | {200: {"headers": job_requests.CREATED_HEADERS}},
+    responses=documented(400, 404, 409, 413, 422, 429) | {200: {"headers": job_requests.CREATED_HEADERS}},
 )
 def create(
     request: Annotated[CreateJobRequest, Body(openapi_examples=JOB_EXAMPLES)],

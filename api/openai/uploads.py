@@ -8,7 +8,7 @@ from anyio import to_thread
 from fastapi import APIRouter, BackgroundTasks, Body, Request
 from starlette.concurrency import run_in_threadpool
 
-from api.dependencies import CallerDep, ContextDep, SessionDep
+from api.dependencies import CallerDep, ContextDep, HasRoom, SessionDep
 from api.openai.requests import COMPLETE_EXAMPLES, UPLOAD_EXAMPLES, CompleteUploadRequest, CreateUploadRequest
 from api.openai.responses import PartObject, UploadObject
 from api.problems import documented
@@ -41,6 +41,7 @@ def create(
     summary="Add a part",
     responses=documented(404, 408, 409, 413, 422, 507),
     openapi_extra=PART_BODY,
+    dependencies=[HasRoom],
 )
 async def add_part(upload_id: str, request: Request, context: ContextDep, caller: CallerDep) -> PartObject:
     """In any order, several at once if you like: the order is said when the upload is completed. A part whose answer

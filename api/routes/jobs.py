@@ -25,7 +25,7 @@ CSV_COLUMNS = tuple(MetricResponse.model_fields)
     status_code=202,
     response_model=JobResponse,
     summary="Create a job",
-    responses=documented(400, 404, 409, 413, 422) | {202: {"headers": job_requests.CREATED_HEADERS}},
+    responses=documented(400, 404, 409, 413, 422, 429) | {202: {"headers": job_requests.CREATED_HEADERS}},
 )
 def create(
     request: Annotated[JobRequest, Body(openapi_examples=JOB_EXAMPLES)],

@@ -18,6 +18,7 @@ from starlette.testclient import TestClient
 
 from service import datasets, jobs, part_uploads
 from service.database import transaction
+from service.errors import UploadStateError
 from service.models import Dataset, PartUpload
 from service.settings import Settings
 from service.storage import Storage
@@ -159,7 +160,11 @@ def test_parts_are_put_together_in_the_order_that_is_said_and_only_once(api: Ope
     assert api.uploads.complete(upload_id, part_ids=[first, second]) == completed
     assert [file.id for file in api.files.list()] == [completed.file.id]
     assert api.files.content(completed.file.id).content == LINES
-    for late in (lambda: send(api, upload_id, b"more"), lambda: api.uploads.cancel(upload_id)):
+    late_requests: list[Callable[[], object]] = [
+        lambda: send(api, upload_id, b"more"),
+        lambda: api.uploads.cancel(upload_id),
+    ]
+    for late in late_requests:
         with pytest.raises(openai.ConflictError) as refused:
             late()
         assert refused.value.code == "upload_state_conflict"
@@ -259,7 +264,11 @@ def test_two_completions_at_once_make_one_file(
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(complete)
         assert reading.wait(30)
-        for other in (lambda: api.uploads.complete(upload_id, part_ids=parts), lambda: api.uploads.cancel(upload_id)):
+        others: list[Callable[[], object]] = [
+            lambda: api.uploads.complete(upload_id, part_ids=parts),
+            lambda: api.uploads.cancel(upload_id),
+        ]
+        for other in others:
             with pytest.raises(openai.ConflictError) as busy:
                 other()
             assert busy.value.code == "upload_being_completed"
@@ -270,7 +279,7 @@ def test_two_completions_at_once_make_one_file(
         monkeypatch.setattr(part_uploads, "_blocks", blocks)
         second = api.uploads.complete(upload_id, part_ids=parts)
         go_on.set()
-        with pytest.raises((part_uploads.UploadStateError, FileNotFoundError)):
+        with pytest.raises((UploadStateError, FileNotFoundError)):
             first.result(30)
     assert second.file is not None
     assert [file.id for file in api.files.list()] == [second.file.id]
