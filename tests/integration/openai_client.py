@@ -6,5 +6,6 @@ from openai import OpenAI
 from starlette.testclient import TestClient
 
 
-def openai_over(client: TestClient, max_retries: int = 0) -> OpenAI:
-    return OpenAI(api_key="none", base_url="http://testserver/v1", http_client=client, max_retries=max_retries)
+def openai_over(client: TestClient, api_key: str = "none") -> OpenAI:
+    base_url = str(client.base_url).rstrip("/") + "/v1"
+    return OpenAI(api_key=api_key, base_url=base_url, http_client=client, max_retries=0)
