@@ -6,6 +6,7 @@ import csv
 import json
 import time
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import openai
@@ -25,8 +26,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def lines() -> bytes:
-    from pydoc_data.topics import topics
-
     return b"".join(json.dumps({"text": topics[name]}).encode() + b"\n" for name in TOPICS)
 
 
@@ -95,8 +94,10 @@ def look_at_what_it_did(client: OpenAI, job: FineTuningJob) -> None:
 def look_at_what_it_left(client: OpenAI, job: FineTuningJob, folder: Path) -> None:
     named = {client.files.retrieve(file_id).filename: file_id for file_id in job.result_files}
     rows = list(csv.DictReader(client.files.content(named["step_metrics.csv"]).text.splitlines()))
-    assert [row["step"] for row in rows] == [str(step) for step in range(1, 7)]
-    assert all(float(row["train_loss"]) > 0 for row in rows)
+    assert [row["step"] for row in rows] == [str(step) for step in range(7)]
+    assert rows[0]["train_loss"] == ""  # before the first step there is a validation alone
+    assert all(float(row["train_loss"]) > 0 for row in rows[1:])
+    assert all(float(rows[step]["valid_loss"]) > 0 for step in (0, 3, 6))
     weights = folder / "model.safetensors"
     with client.files.with_streaming_response.content(named["model.safetensors"]) as answer:
         answer.stream_to_file(weights)
@@ -129,13 +130,13 @@ def errors_are_openais_own(client: OpenAI, file: str) -> None:
         client.fine_tuning.jobs.pause(ended)
     with pytest.raises(openai.UnprocessableEntityError) as impossible:
         client.fine_tuning.jobs.create(model=MODEL, training_file=file, extra_body={"memory_cap": "1MiB"})
-    codes = [error.value.code for error in (bad, denied, missing, conflict, impossible)]
-    assert codes == [
-        "range_malformed",
-        "keys_required",
-        "dataset_not_found",
-        "job_state_conflict",
-        "memory_cap_infeasible",
-    ]
+    expected = {
+        "range_malformed": bad,
+        "keys_required": denied,
+        "dataset_not_found": missing,
+        "job_state_conflict": conflict,
+        "memory_cap_infeasible": impossible,
+    }
+    for code, error in expected.items():
+        assert (error.value.code, str(error.value.request_id)[:4]) == (code, "req_")
     assert impossible.value.param == "memory_cap"
-    assert {str(error.value.request_id)[:4] for error in (bad, denied, missing, conflict, impossible)} == {"req_"}
