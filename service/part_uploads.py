@@ -54,8 +54,10 @@ logger = logging.getLogger(__name__)
 def create(
     session: Session, filename: str, size_bytes: int, limit_bytes: int, file_expires_seconds: int | None = None
 ) -> PartUpload:
-    """A new upload of so many bytes. Raises UploadTooLargeError, UploadsOpenError, and StorageQuotaExceededError if what
-    is open cannot all be kept."""
+    """A new upload of so many bytes.
+
+    Raises UploadTooLargeError, UploadsOpenError, and StorageQuotaExceededError if what is open cannot all be kept.
+    """
     if size_bytes > limit_bytes:
         raise UploadTooLargeError(limit_bytes)
     tenant = database.tenant_of(session)
