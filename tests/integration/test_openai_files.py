@@ -16,6 +16,7 @@ from openai import OpenAI
 from sqlalchemy import Engine, func, update
 from starlette.testclient import TestClient
 
+from api.middleware import MAX_JSON_BYTES
 from service import datasets, jobs, part_uploads
 from service.database import transaction
 from service.errors import UploadStateError
@@ -150,6 +151,15 @@ def test_a_file_in_parts(api: OpenAI, storage: Storage, tmp_path: Any) -> None:
     assert (upload.file.filename, upload.file.bytes) == (NAME, len(LINES))
     assert api.files.content(upload.file.id).content == LINES
     assert files_below(storage) == [f"datasets/{upload.file.id}/data.jsonl"]
+
+
+def test_a_part_may_be_larger_than_a_json_body(api: OpenAI, settings: Settings) -> None:
+    text = b"x" * settings.max_upload_bytes
+    assert len(text) > MAX_JSON_BYTES
+    upload_id = begin(api, size=len(text), name="a.txt")
+    completed = api.uploads.complete(upload_id, part_ids=send(api, upload_id, text))
+    assert completed.file is not None
+    assert completed.file.bytes == api.files.create(file=("a.txt", text), purpose="fine-tune").bytes == len(text)
 
 
 def test_parts_are_put_together_in_the_order_that_is_said_and_only_once(api: OpenAI) -> None:
