@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from api.authentication import Authenticator
 from api.dependencies import Context
 from api.event_hub import EventHub
 from api.middleware import BodyLimit, RequestContext
+from api.openai import router as openai
 from api.problems import Problem, documented
 from api.routes import checkpoints, datasets, devices, generate, health, jobs, models, plans, tokenizers, webhooks
 from api.sampler import Slots
@@ -32,6 +34,8 @@ logger = logging.getLogger(__name__)
 DESCRIPTION = """Fine-tuning jobs under a hard memory budget: give a cap, get a plan that keeps it, the exact gradient,
 and the checkpoints. Errors are problem details (RFC 9457) with a stable `code`."""
 
+STREAMING = re.compile(r"/datasets|/tokenizers|/models|/v1/files|/v1/uploads/[^/]+/parts")
+"""Paths that take uploads."""
 CHECKS_AT_ONCE = 2
 """Of uploaded models and tokenizers: each has a process of its own with up to a gigabyte."""
 
@@ -65,12 +69,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.context = context
     errors.install(app)
-    app.add_middleware(BodyLimit, streaming_paths=frozenset({"/datasets", "/tokenizers", "/models"}))
+    app.add_middleware(BodyLimit, streaming=STREAMING)
     authenticator = Authenticator(context.engine) if settings.keys_required else None
     app.add_middleware(Access, authenticator=authenticator, open_paths=OPEN_PATHS)
     app.add_middleware(RequestContext)
     for resource in (datasets, tokenizers, models, plans, jobs, checkpoints, generate, webhooks, devices, health):
         app.include_router(resource.router)
+    app.include_router(openai.router)
     app.openapi = lambda: _openapi(app, settings.keys_required)  # type: ignore[method-assign]  # FastAPI's documented way
     if own_process:
         # What exists by now stays, hundreds of thousands of objects: to look through them for garbage, every few

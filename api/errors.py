@@ -18,6 +18,8 @@ from slim_core.planning import MemoryCapInfeasibleError
 
 logger = logging.getLogger(__name__)
 
+V1_RESOURCES = ["/v1/files", "/v1/uploads", "/v1/fine_tuning/jobs", "/v1/models"]
+"""What who looks for another path of OpenAI's API is told of."""
 DATABASE_AWAY = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, sqlalchemy.exc.TimeoutError)
 """What says that the database cannot be reached, or is too busy."""
 UNION_TAG = "~"
@@ -154,7 +156,12 @@ def _http_exception(request: Request, error: Exception) -> Response:
         404: ("not_found", "There is nothing at this path."),
         405: ("method_not_allowed", "This path does not answer to this method."),
     }.get(error.status_code, ("http_error", "The request could not be handled."))
-    return problem_response(request.scope, error.status_code, code, detail, headers=error.headers)
+    if error.status_code == 404 and request.url.path.startswith("/v1/"):
+        fields = {"available": V1_RESOURCES}
+        detail += f" Of OpenAI's API there is what fine-tuning needs: {', '.join(V1_RESOURCES)}."
+    else:
+        fields = {}
+    return problem_response(request.scope, error.status_code, code, detail, fields=fields, headers=error.headers)
 
 
 def _database_unavailable(request: Request, error: Exception) -> Response:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
-from collections.abc import Collection
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -81,13 +81,14 @@ class BodyLimit:
     take uploads are left out: they limit while they stream.
     """
 
-    def __init__(self, app: ASGIApp, streaming_paths: Collection[str], max_bytes: int = MAX_JSON_BYTES) -> None:
+    def __init__(self, app: ASGIApp, streaming: re.Pattern[str], max_bytes: int = MAX_JSON_BYTES) -> None:
+        """`streaming` matches a path that takes uploads, whole."""
         self._app = app
-        self._streaming_paths = streaming_paths
+        self._streaming = streaming
         self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] in {"GET", "HEAD"} or scope["path"] in self._streaming_paths:
+        if scope["type"] != "http" or scope["method"] in {"GET", "HEAD"} or self._streaming.fullmatch(scope["path"]):
             await self._app(scope, receive, send)
             return
         body = await self._read(scope, receive)

@@ -57,6 +57,7 @@ def problem_response(
 ) -> Response:
     """The answer to a request that failed; `fields` are its further members."""
     kind = "invalid_request_error" if status < 500 else "server_error"
+    headers = {**(headers or {}), **_retry_advice(status, code, headers or {})}
     body = {
         **(fields or {}),
         "type": f"urn:slimtune:problem:{code}",
@@ -74,6 +75,18 @@ def field_errors(errors: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """The members `errors` and `total_errors` of an invalid request, from (field, message) pairs."""
     listed = [{"field": shown(field), "message": shown(message)} for field, message in errors[:MAX_FIELD_ERRORS]]
     return {"errors": listed, "total_errors": len(errors)}
+
+
+def _retry_advice(status: int, code: str, headers: Mapping[str, str]) -> dict[str, str]:
+    """Whether the same request may be answered otherwise if it is sent again, where OpenAI's clients would try.
+
+    They send again what was answered with these statuses unless this header keeps them from it. Of an error that
+    nobody foresaw nothing is known.
+    """
+    if (status not in (408, 409, 429) and status < 500) or code == "internal_error":
+        return {}
+    may_help = status == 408 or any(name.lower() == "retry-after" for name in headers)
+    return {"X-Should-Retry": "true" if may_help else "false"}
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from sqlalchemy.orm import Session
 
@@ -67,7 +67,7 @@ def resolve(session: Session, request: PlanRequest, files: Storage) -> PlannedWo
     """
     _check_rules(request)
     devices.check_cap(session, request.memory_cap)
-    model, base_model_id, tokenizer = _model(session, request)
+    model, base_model_id, tokenizer = model_of(session, request)
     _check_positions(model, request)
     data = training_data.describe(session, request, tokenizer, files)
     train = _train_config(request, data)
@@ -135,8 +135,24 @@ def _has_validation(request: PlanRequest) -> bool:
     return request.validation_dataset is not None or request.validation_fraction is not None
 
 
-def _model(session: Session, request: PlanRequest) -> tuple[ModelConfig, str | None, TokenizerRef]:
-    """Configuration, row and tokenizer of the model that a request names."""
+class NamesModel(Protocol):
+    """A request, in any shape, that names a model."""
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def tokenizer(self) -> str | None: ...
+
+    @property
+    def attention(self) -> Literal["softmax", "performer"] | None: ...
+
+
+def model_of(session: Session, request: NamesModel) -> tuple[ModelConfig, str | None, TokenizerRef]:
+    """Configuration, row and tokenizer of the model that a request names.
+
+    Raises InvalidRequestError, NotFoundError, ModelNotReadyError, TokenizerNotReadyError, TokenizerFailedError.
+    """
     if (builtin := BUILTIN_MODELS.get(request.model)) is not None:
         if request.tokenizer is None:
             return _with_attention(builtin, request.attention), None, tokenizers.BYTES

@@ -14,7 +14,7 @@ from service.limits import UNLIMITED, Limits
 from service.settings import Settings
 from service.tenancy import TenantSession, limits_of, tenant_of
 
-__all__ = ["engine", "limits_of", "tenant_of", "transaction", "try_lock"]
+__all__ = ["engine", "limits_of", "lock", "tenant_of", "transaction", "try_lock"]
 
 CONNECT_TIMEOUT_SECONDS = 3
 STATEMENT_TIMEOUT_MILLISECONDS = 30_000
@@ -57,6 +57,11 @@ def transaction(bind: Engine, tenant: str | None = None, limits: Limits = UNLIMI
     )
     with opened as session, session.begin():
         yield session
+
+
+def lock(session: Session, key: int) -> None:
+    """Take the advisory lock `key` until the transaction ends, as soon as no other session has it."""
+    session.execute(sqlalchemy.select(sqlalchemy.func.pg_advisory_xact_lock(key)))
 
 
 def try_lock(session: Session, key: int) -> bool:

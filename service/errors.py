@@ -555,3 +555,62 @@ class WebhookDisabledError(ServiceError):
 
     def __init__(self, webhook_id: str, reason: str | None) -> None:
         super().__init__(f"{webhook_id} is disabled. POST /webhooks/{webhook_id}/enable first.", reason=reason)
+
+
+class UploadStateError(ServiceError):
+    """The upload in parts is closed."""
+
+    status = 409
+    code = "upload_state_conflict"
+
+    def __init__(self, upload_id: str, action: str, state: str) -> None:
+        super().__init__(f"Cannot {action} an upload that is {state}.", upload=upload_id, upload_status=state)
+
+
+class UploadBusyError(ServiceError):
+    """Another request is putting the parts together."""
+
+    status = 409
+    code = "upload_being_completed"
+    retry_after_seconds = 2
+
+    def __init__(self, upload_id: str) -> None:
+        super().__init__("The parts are being put together. Ask again in some seconds.", upload=upload_id)
+
+
+class UploadsOpenError(ServiceError):
+    """As many uploads in parts are open as may be."""
+
+    status = 429
+    code = "too_many_uploads"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"{limit} uploads are open, which is the most.",
+            max_open_uploads=limit,
+            hint="complete or cancel one; each expires an hour after it was created",
+        )
+
+
+class UploadMismatchError(ServiceError):
+    """The parts are not the file that was announced."""
+
+    status = 422
+    code = "upload_mismatch"
+
+    def __init__(self, message: str, **fields: Any) -> None:
+        super().__init__(f"{message} No file was made of them.", **fields)
+
+
+class ResultFileError(ServiceError):
+    """Result files are what the job left: they have no life of their own."""
+
+    status = 409
+    code = "file_is_a_result"
+
+    def __init__(self, file_id: str) -> None:
+        super().__init__(
+            "A result file cannot be deleted by itself.",
+            file=file_id,
+            hint="delete the job's fine_tuned_model, which the weights belong to",
+        )

@@ -60,6 +60,15 @@ def record(session: Session, job_id: str, attempt: int, event_type: str, data: d
         outbox.announce(session, job_id, attempt, event_type, clean_json(data or {}))
 
 
+def newest(session: Session, job_id: str, before: int | None, limit: int) -> tuple[list[JobEvent], bool]:
+    """Up to `limit` events with an id below `before`, newest first, and whether there are more.
+
+    Raises NotFoundError if there is no such job.
+    """
+    query = select(JobEvent).where(JobEvent.job_id == job_id).order_by(JobEvent.id.desc())
+    return of_job(session, query if before is None else query.where(JobEvent.id < before), job_id, limit)
+
+
 def page(session: Session, job_id: str, after: int = 0, limit: int = 100) -> tuple[list[JobEvent], bool]:
     """Up to `limit` events with an id above `after`, oldest first, and whether there are more.
 

@@ -9,7 +9,7 @@ import time
 from typing import Literal
 from uuid import UUID
 
-Prefix = Literal["ds", "evt", "job", "key", "model", "req", "tok", "wh"]
+Prefix = Literal["ds", "evt", "job", "key", "model", "part", "req", "tok", "upload", "wh"]
 
 
 class _Clock:

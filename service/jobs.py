@@ -90,16 +90,23 @@ def get(session: Session, job_id: str) -> Job:
 
 
 def page(
-    session: Session, status: str | None = None, after: str | None = None, limit: int = 20
+    session: Session,
+    status: str | None = None,
+    after: str | None = None,
+    limit: int = 20,
+    metadata: dict[str, str] | None = None,
 ) -> tuple[list[Job], bool]:
     """Up to `limit` jobs older than the job `after`, newest first, and whether there are more.
 
-    Without `train` and `model_config`.
+    Only those in `status`, and with all of `metadata` ({}: with none at all), where these are given. Without `train`
+    and `model_config`.
     """
     # What only the trainer reads is most of a row, and a page has up to a hundred.
     query = select(Job).options(defer(Job.train, raiseload=True), defer(Job.model_config, raiseload=True))
     if status is not None:
         query = query.where(Job.status == status)
+    if metadata is not None:
+        query = query.where(Job.job_metadata.contains(metadata) if metadata else Job.job_metadata == {})
     return newest_first(session, query, Job.id, after, limit)
 
 

@@ -116,6 +116,7 @@ class Dataset(Owned, Base):
         CheckConstraint("compression IN ('gzip', 'zstd')", name="datasets_compression"),
         CheckConstraint("kind IN ('text', 'prompt_completion', 'messages')", name="datasets_kind"),
         Index("datasets_tenant_id", "tenant", "id"),
+        Index("datasets_expires_at", "expires_at", postgresql_where=text("expires_at IS NOT NULL")),
     )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
@@ -134,9 +135,52 @@ class Dataset(Owned, Base):
     problems: Mapped[list[dict[str, Any]]]
     """Remarks that did not prevent the upload: [{line, reason}]."""
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    expires_at: Mapped[datetime | None]
+    """From when on it is deleted, once no job reads it."""
     tokenizations: Mapped[list[Tokenization]] = relationship(
         lazy="selectin", order_by=Tokenization.created_at, passive_deletes=True
     )
+
+
+class PartUpload(Owned, Base):
+    """A file that comes in parts (part_uploads.py)."""
+
+    __tablename__ = "uploads"
+    __table_args__ = (
+        CheckConstraint("status IN ('pending', 'completed', 'cancelled')", name="uploads_status"),
+        CheckConstraint("(status = 'completed') = (completed_at IS NOT NULL)", name="uploads_completed"),
+        Index("uploads_tenant_status", "tenant", "status"),
+        Index("uploads_expires_at", "expires_at"),
+    )
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    filename: Mapped[str]
+    """The client's name for the file, cleaned; metadata only."""
+    bytes: Mapped[int]
+    """Of the whole file, as announced."""
+    status: Mapped[str]
+    """One that is pending for longer than until `expires_at` has expired."""
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    expires_at: Mapped[datetime]
+    file_expires_seconds: Mapped[int | None]
+    """How long after its completion the dataset is to be deleted."""
+    claim: Mapped[str | None]
+    """Of the request that is putting the parts together, ..."""
+    claimed_until: Mapped[datetime | None]
+    """... which is held to have died from then on."""
+    completed_at: Mapped[datetime | None]
+    dataset_id: Mapped[str | None] = mapped_column(Id)
+    """What it became. No foreign key: it outlives that."""
+
+
+class UploadPart(Owned, Base):
+    __tablename__ = "upload_parts"
+    __table_args__ = (Index("upload_parts_upload_id", "upload_id"),)
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    upload_id: Mapped[str] = mapped_column(Id, ForeignKey("uploads.id", ondelete="CASCADE"))
+    bytes: Mapped[int]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
 class Model(Owned, Prepared, Base):

@@ -4,37 +4,22 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, BackgroundTasks, Body, Header, Query, Request, Response
-from sqlalchemy.orm import Session
 
-from api import sse, workload
+from api import job_requests, sse
 from api.dependencies import ContextDep, Limit, RequestId, SessionDep
 from api.event_stream import EventStream
 from api.problems import documented
 from api.responses import EventResponse, JobResponse, JobSummary, MetricResponse, Page
 from api.schemas import INT64_END, JOB_EXAMPLES, IdempotencyKey, JobRequest, ResumeRequest
-from service import events, idempotency, jobs, metrics, queue
-from service import models as rows
-from service.status import TERMINAL, Action
+from service import events, jobs, metrics
+from service.status import TERMINAL
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
 CSV_COLUMNS = tuple(MetricResponse.model_fields)
-REPLAYED = "Idempotency-Replayed"
-CREATED: dict[int | str, dict[str, Any]] = {
-    202: {
-        "headers": {
-            "Location": {"description": "The job.", "schema": {"type": "string"}},
-            REPLAYED: {
-                "description": "`true` if the key came before: this is the answer of then.",
-                "schema": {"type": "string"},
-            },
-        }
-    }
-}
 
 STREAM: dict[int | str, dict[str, Any]] = {
     200: {"content": {sse.MEDIA_TYPE: {"schema": {"type": "string"}}}},
@@ -47,7 +32,7 @@ STREAM: dict[int | str, dict[str, Any]] = {
     status_code=202,
     response_model=JobResponse,
     summary="Create a job",
-    responses=documented(400, 404, 409, 413, 422, 429) | CREATED,
+    responses=documented(400, 404, 409, 413, 422, 429) | {202: {"headers": job_requests.CREATED_HEADERS}},
 )
 def create(
     request: Annotated[JobRequest, Body(openapi_examples=JOB_EXAMPLES)],
@@ -61,33 +46,13 @@ def create(
 
     With an `Idempotency-Key` a request whose answer was lost can be sent again: there will be one job.
     """
-    spec = request.model_dump(mode="json")
-
-    def new_job() -> idempotency.Created:
-        planned = workload.resolve(session, request, context.storage)
-        job = jobs.create(
-            session,
-            spec=spec,
-            train=planned.train.to_json(),
-            model_config=planned.model.to_json(),
-            plan=planned.plan.to_json(),
-            memory_cap_bytes=request.memory_cap,
-            dataset_id=request.dataset,
-            validation_dataset_id=request.validation_dataset,
-            base_model_id=planned.base_model_id,
-            tokenizer=planned.tokenizer,
-            request_id=request_id,
-        )
-        return idempotency.Created(job.id, JobResponse.of_row(job).model_dump_json())
-
-    # Without defaults: a release that adds a field must not make another request of one that is sent again.
-    asked = request.model_dump(mode="json", exclude_defaults=True)
-    created = idempotency.once(session, idempotency_key, asked, new_job)
-    # Background tasks run after the answer, so after the commit: no worker looks for a row that is not there yet.
-    # For a job that waits no more the message is a look for work, as any other.
-    background.add_task(queue.wake, created.job_id, context.producer)
-    headers = {"Location": f"/jobs/{created.job_id}"} | ({REPLAYED: "true"} if created.replayed else {})
-    return Response(created.answer, 202, headers, "application/json")
+    creation = job_requests.Creation(
+        asked=request.model_dump(mode="json", exclude_defaults=True),
+        request=lambda: request,
+        answer=lambda job: JobResponse.of_row(job).model_dump_json(),
+        location="/jobs",
+    )
+    return job_requests.create(creation, session, context, background, request_id, idempotency_key)
 
 
 @router.get("", summary="List jobs", responses=documented(422))
@@ -115,13 +80,13 @@ def get(job_id: str, session: SessionDep) -> JobResponse:
 @router.post("/{job_id}/cancel", summary="Cancel a job", responses=documented(404, 409))
 def cancel(job_id: str, session: SessionDep) -> JobResponse:
     """At once if it waits; a running job stops within seconds. Asking twice is fine."""
-    return _request(session, job_id, "cancel")
+    return JobResponse.of_row(jobs.request(session, job_id, "cancel"))
 
 
 @router.post("/{job_id}/pause", summary="Pause a job", responses=documented(404, 409))
 def pause(job_id: str, session: SessionDep) -> JobResponse:
     """A running job writes a checkpoint first and goes on from it when resumed."""
-    return _request(session, job_id, "pause")
+    return JobResponse.of_row(jobs.request(session, job_id, "pause"))
 
 
 @router.post("/{job_id}/resume", summary="Resume a paused job", responses=documented(400, 404, 409, 422))
@@ -137,25 +102,7 @@ def resume(
     With a `memory_cap` a paused job is planned anew under it and goes on from its checkpoint: the chunks change,
     the loss curve does not.
     """
-    if request is None or request.memory_cap is None:
-        workload.check_device(session, jobs.get(session, job_id))
-    job = _request(session, job_id, "resume", _new_cap(session, request))
-    if job.status == "queued":
-        background.add_task(queue.wake, job_id, context.producer)
-    return job
-
-
-def _new_cap(session: Session, request: ResumeRequest | None) -> Callable[[rows.Job], jobs.NewCap] | None:
-    if request is None or request.memory_cap is None:
-        return None
-    memory_cap = request.memory_cap
-    return lambda job: jobs.NewCap(memory_cap, workload.replan(session, job, memory_cap).to_json())
-
-
-def _request(
-    session: Session, job_id: str, action: Action, new_cap: Callable[[rows.Job], jobs.NewCap] | None = None
-) -> JobResponse:
-    return JobResponse.of_row(jobs.request(session, job_id, action, new_cap))
+    return JobResponse.of_row(job_requests.resume(session, job_id, request, context, background))
 
 
 @router.get(
