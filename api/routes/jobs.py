@@ -11,11 +11,11 @@ from fastapi import APIRouter, BackgroundTasks, Body, Query, Request, Response
 from sqlalchemy.orm import Session
 
 from api import workload
-from api.dependencies import ContextDep, Limit, RequestId, SessionDep
+from api.dependencies import CallerDep, ContextDep, Limit, RequestId, SessionDep
 from api.problems import documented
 from api.responses import EventResponse, JobResponse, JobSummary, MetricResponse, Page
 from api.schemas import INT64_END, JOB_EXAMPLES, IdempotencyKey, JobRequest, ResumeRequest
-from service import events, idempotency, jobs, metrics, queue
+from service import database, events, idempotency, jobs, metrics, queue
 from service import models as rows
 from service.status import Action
 
@@ -86,7 +86,8 @@ def create(
 
 @router.get("", summary="List jobs", responses=documented(422))
 def list_page(
-    session: SessionDep,
+    context: ContextDep,
+    caller: CallerDep,
     status: Annotated[
         Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"] | None,
         Query(description="Only jobs in this state."),
@@ -97,13 +98,15 @@ def list_page(
     limit: Limit = 20,
 ) -> Page[JobSummary]:
     """Newest first. A plan's `frontier` is left out: it is most of a job's bytes, and `GET /jobs/{id}` has it."""
-    rows, has_more = jobs.page(session, status, after, limit)
+    with database.reading(context.engine, caller.tenant) as session:
+        rows, has_more = jobs.page(session, status, after, limit)
     return Page[JobSummary](data=[JobSummary.of_row(row) for row in rows], has_more=has_more)
 
 
-@router.get("/{job_id}", summary="Get a job", responses=documented(404))
-def get(job_id: str, session: SessionDep) -> JobResponse:
-    return JobResponse.of_row(jobs.get(session, job_id))
+@router.get("/{job_id}", response_model=JobResponse, summary="Get a job", responses=documented(404))
+def get(job_id: str, context: ContextDep, caller: CallerDep) -> Response:
+    job = JobResponse.of_row(jobs.look(context.engine, caller.tenant, job_id))
+    return Response(job.model_dump_json(), media_type="application/json")
 
 
 @router.post("/{job_id}/cancel", summary="Cancel a job", responses=documented(404, 409))
@@ -161,12 +164,14 @@ def _request(
 def list_metrics(
     job_id: str,
     request: Request,
-    session: SessionDep,
+    context: ContextDep,
+    caller: CallerDep,
     after_step: Annotated[int, Query(ge=-1, lt=INT64_END, description="Only later steps.")] = -1,
     limit: Annotated[int, Query(ge=1, le=10_000, description="The most rows to answer.")] = 1_000,
 ) -> Any:
     """One row per optimiser step, by step; as CSV if `Accept` says `text/csv`."""
-    rows, has_more = metrics.page(session, job_id, after_step, limit)
+    with database.reading(context.engine, caller.tenant) as session:
+        rows, has_more = metrics.page(session, job_id, after_step, limit)
     if "text/csv" not in request.headers.get("accept", ""):
         return {"data": rows, "has_more": has_more}
     text = io.StringIO()
@@ -181,10 +186,12 @@ def list_metrics(
 )
 def list_events(
     job_id: str,
-    session: SessionDep,
+    context: ContextDep,
+    caller: CallerDep,
     after: Annotated[int, Query(ge=0, lt=INT64_END, description="Only events with a higher id.")] = 0,
     limit: Annotated[int, Query(ge=1, le=1_000, description="The most events to answer.")] = 100,
 ) -> dict[str, Any]:
     """What happened to the job, oldest first."""
-    rows, has_more = events.page(session, job_id, after, limit)
+    with database.reading(context.engine, caller.tenant) as session:
+        rows, has_more = events.page(session, job_id, after, limit)
     return {"data": rows, "has_more": has_more}
