@@ -14,9 +14,11 @@ from fastapi.openapi.utils import get_openapi
 from starlette.concurrency import run_in_threadpool
 
 from api import errors
+from api.access import Access
+from api.authentication import Authenticator
 from api.dependencies import Context
 from api.middleware import BodyLimit, RequestContext
-from api.problems import Problem
+from api.problems import Problem, documented
 from api.routes import checkpoints, datasets, devices, generate, health, jobs, models, plans, tokenizers
 from api.sampler import Slots
 from service import database, logs, queue
@@ -30,6 +32,10 @@ and the checkpoints. Errors are problem details (RFC 9457) with a stable `code`.
 
 CHECKS_AT_ONCE = 2
 """Of uploaded models and tokenizers: each has a process of its own with up to a gigabyte."""
+
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
+"""Without a key, from everywhere: whether the service is well, and the description that is the same for everybody."""
+KEY_SCHEME = {"type": "http", "scheme": "bearer", "description": "An API key, `slim_` and 43 characters."}
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -56,10 +62,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.context = context
     errors.install(app)
     app.add_middleware(BodyLimit, streaming_paths=frozenset({"/datasets", "/tokenizers", "/models"}))
+    authenticator = Authenticator(context.engine) if settings.keys_required else None
+    app.add_middleware(Access, authenticator=authenticator, open_paths=OPEN_PATHS)
     app.add_middleware(RequestContext)
     for resource in (datasets, tokenizers, models, plans, jobs, checkpoints, generate, devices, health):
         app.include_router(resource.router)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way
+    app.openapi = lambda: _openapi(app, settings.keys_required)  # type: ignore[method-assign]  # FastAPI's documented way
     if own_process:
         # What exists by now stays, hundreds of thousands of objects: to look through them for garbage, every few
         # seconds under load, stops all requests for a tenth of a second.
@@ -79,13 +87,19 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     context.producer.close()
 
 
-def _openapi(app: FastAPI) -> dict[str, Any]:
+def _openapi(app: FastAPI, keys_required: bool) -> dict[str, Any]:
     """FastAPI's document with our problem details where it assumes its own error format."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         schemas = document["components"]["schemas"]
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
+        document["components"]["securitySchemes"] = {"key": KEY_SCHEME}
+        for path, operations in document["paths"].items():
+            for operation in operations.values() if path not in OPEN_PATHS else ():
+                operation["responses"] = documented(401, 403, 429) | operation["responses"]
+                if keys_required:
+                    operation["security"] = [{"key": []}]
         for operation in [operation for path in document["paths"].values() for operation in path.values()]:
             if "HTTPValidationError" in str(operation["responses"].get("422")):
                 del operation["responses"]["422"]  # a path of free text: what fits nothing is a 404

@@ -12,11 +12,14 @@ from fastapi import Depends, Query, Request
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
+from api.callers import Caller as Caller
 from api.sampler import Slots
-from service import database, tenancy
-from service.limits import UNLIMITED, Limits
+from service import database, quotas
 from service.settings import Settings
 from service.storage import Storage
+
+FORM_BYTES = 128 * 1024
+"""What a form may have around its files, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +41,10 @@ async def get_context(request: Request) -> Context:
     return context
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who asks."""
-
-    tenant: str
-    key_id: str | None = None
-    """None where no key is needed."""
-    limits: Limits = UNLIMITED
-
-
-async def get_caller() -> Caller:
-    """Whose request it is."""
-    return Caller(tenancy.DEFAULT)
+async def get_caller(request: Request) -> Caller:
+    """Whose request it is, as api.access found out."""
+    caller: Caller = request.state.caller
+    return caller
 
 
 async def get_session(
@@ -73,6 +67,21 @@ async def get_session(
     await to_thread.run_sync(transaction.__exit__, None, None, None, limiter=CapacityLimiter(1))
 
 
+def check_room(
+    context: Annotated[Context, Depends(get_context)], caller: Annotated[Caller, Depends(get_caller)], request: Request
+) -> None:
+    """Before an upload is read: whether the tenant has room for it, as far as its headers say how much it is.
+
+    Exact is the look in the transaction that makes the row. Raises StorageQuotaExceededError.
+    """
+    if caller.limits.max_bytes is None:
+        return
+    announced = request.headers.get("content-length", "")
+    size = int(announced[:19]) - FORM_BYTES if announced.isascii() and announced.isdigit() else 0
+    with database.transaction(context.engine, caller.tenant, caller.limits) as session:
+        quotas.check_bytes(session, max(0, size))
+
+
 async def get_request_id(request: Request) -> str:
     """The id that the answer's X-Request-ID has."""
     request_id: str = request.state.request_id
@@ -83,4 +92,5 @@ CallerDep = Annotated[Caller, Depends(get_caller)]
 ContextDep = Annotated[Context, Depends(get_context)]
 SessionDep = Annotated[Session, Depends(get_session, scope="function")]
 RequestId = Annotated[str, Depends(get_request_id)]
+HasRoom = Depends(check_room)
 Limit = Annotated[int, Query(ge=1, le=100, description="The most entries to answer.")]

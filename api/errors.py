@@ -18,6 +18,8 @@ from slim_core.planning import MemoryCapInfeasibleError
 
 logger = logging.getLogger(__name__)
 
+DATABASE_AWAY = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, sqlalchemy.exc.TimeoutError)
+"""What says that the database cannot be reached, or is too busy."""
 UNION_TAG = "~"
 """First character of the tags of unions in schemas.py: no part of a field's name."""
 
@@ -53,13 +55,57 @@ class BodyTooLargeError(ServiceError):
         super().__init__(f"The body is larger than {limit_bytes} bytes.", max_body_bytes=limit_bytes)
 
 
+class UnauthorizedError(ServiceError):
+    """No key, or one that is unknown, expired or revoked: which of these is nobody's business."""
+
+    status = 401
+    code = "unauthorized"
+
+    def __init__(self) -> None:
+        super().__init__("This needs a valid API key: Authorization: Bearer slim_...")
+
+
+class KeysRequiredError(ServiceError):
+    """The API asks for no keys, and so serves nobody but this machine."""
+
+    status = 403
+    code = "keys_required"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"This service runs without API keys and answers to its own machine only; {reason}. To serve others, start "
+            "it with SLIMTUNE_AUTHENTICATION=keys and make keys with `slimtune keys create`."
+        )
+
+
+class CrossSiteError(ServiceError):
+    """A page of another site asks, through the browser of somebody on this machine."""
+
+    status = 403
+    code = "cross_site_refused"
+
+    def __init__(self) -> None:
+        super().__init__("A page of another site may not change anything here.")
+
+
+class RateLimitedError(ServiceError):
+    """More requests than are allowed in a minute."""
+
+    status = 429
+    code = "rate_limited"
+
+    def __init__(self, message: str, seconds: int) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = seconds
+
+
 def install(app: FastAPI) -> None:
     """Register the handlers. Exceptions without one are the middleware's (500)."""
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(MemoryCapInfeasibleError, _memory_cap_infeasible)
     app.add_exception_handler(RequestValidationError, _request_invalid)
     app.add_exception_handler(HTTPException, _http_exception)
-    for kind in (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, sqlalchemy.exc.TimeoutError):
+    for kind in DATABASE_AWAY:
         app.add_exception_handler(kind, _database_unavailable)
 
 
@@ -74,7 +120,9 @@ def service_problem(scope: Scope, error: ServiceError) -> Response:
         logger.error("%s: %s", error.code, error.message)
     param = getattr(error, "param", error.fields.get("field"))
     seconds = error.retry_after_seconds
-    headers = None if seconds is None else {"Retry-After": str(seconds)}
+    headers = {} if seconds is None else {"Retry-After": str(seconds)}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"  # RFC 6750
     return problem_response(
         scope, error.status, error.code, error.message, fields=error.fields, param=param, headers=headers
     )
@@ -110,9 +158,14 @@ def _http_exception(request: Request, error: Exception) -> Response:
 
 
 def _database_unavailable(request: Request, error: Exception) -> Response:
+    return database_problem(request.scope, error)
+
+
+def database_problem(scope: Scope, error: Exception) -> Response:
+    """The answer where the database is away."""
     logger.error("database unavailable: %s", error)
     detail = "The database cannot be reached; try again."
-    return problem_response(request.scope, 503, "database_unavailable", detail, headers={"Retry-After": "5"})
+    return problem_response(scope, 503, "database_unavailable", detail, headers={"Retry-After": "5"})
 
 
 def _field(location: Sequence[int | str], kind: str) -> str:

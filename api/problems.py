@@ -80,13 +80,15 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """What a route's `responses` says of its errors."""
     reasons = {
         400: "The body could not be read.",
+        401: "There is no valid API key in the request.",
+        403: "The service runs without API keys, and this does not come from its own machine.",
         404: "There is no such thing.",
         408: "The upload stalled.",
         409: "The state of the resource does not allow this.",
         413: "The body is too large.",
         416: "The range lies outside the file.",
         422: "The request is not valid, or cannot be met as it stands; the body says what would help.",
-        429: "As many of these as are allowed at once are being made.",
+        429: "More than is allowed at once, or in a minute.",
         500: "Something went wrong on the server's side.",
         501: "This installation cannot do it.",
         503: "The database cannot be reached.",

@@ -165,7 +165,7 @@ def _client(settings: Settings, calibration: Calibration) -> Iterator[tuple[Test
     try:
         with database.transaction(bind) as session:
             calibrations.store(session, calibration.device, "caps", calibration.to_json())
-        with TestClient(create_app(settings)) as client:
+        with TestClient(create_app(settings), base_url="http://127.0.0.1") as client:
             yield client, bind
     finally:
         bind.dispose()

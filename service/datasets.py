@@ -73,7 +73,8 @@ class DatasetUpload:
         )
         path = self._files.path(storage.dataset_path(dataset.id, self.format, self.compression))
         folder = dataset_dir(dataset.id)
-        recorded = uploads.recorded(bind, self._files, folder, lambda: self._upload.commit(path), tenant, limits)
+        commit, size = lambda: self._upload.commit(path), self._upload.bytes
+        recorded = uploads.recorded(bind, self._files, folder, commit, size, tenant, limits)
         with recorded as session:
             wanted = [BYTES] if tokenizer is None else [BYTES, tokenizers.resolve(session, tokenizer)]
             session.add(dataset)

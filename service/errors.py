@@ -10,7 +10,7 @@ class ServiceError(Exception):
 
     status: ClassVar[int] = 500
     code: str = "internal_error"
-    retry_after_seconds: ClassVar[int | None] = None
+    retry_after_seconds: int | None = None
     """When the same request may be answered otherwise; None where time changes nothing."""
 
     def __init__(self, message: str, **fields: Any) -> None:
@@ -358,6 +358,37 @@ class StorageFullError(ServiceError):
 
     def __init__(self) -> None:
         super().__init__("There is no space left to store the file.")
+
+
+class StorageQuotaExceededError(ServiceError):
+    """The tenant holds as many bytes as the key allows."""
+
+    status = 413
+    code = "storage_quota_exceeded"
+
+    def __init__(self, in_use_bytes: int, added_bytes: int, limit_bytes: int) -> None:
+        more = f", and this is {added_bytes} more" if added_bytes else ""
+        super().__init__(
+            f"{in_use_bytes} of {limit_bytes} bytes are in use{more}. Delete datasets, tokenizers or models; a model "
+            "that a job made is its last checkpoint.",
+            bytes_in_use=in_use_bytes,
+            added_bytes=added_bytes,
+            max_bytes=limit_bytes,
+        )
+
+
+class TooManyJobsError(ServiceError):
+    """The tenant has as many unfinished jobs as the key allows."""
+
+    status = 429
+    code = "too_many_jobs"
+
+    def __init__(self, jobs: int, limit: int) -> None:
+        super().__init__(
+            f"{jobs} jobs are queued, running or paused; this key allows {limit}. Wait until one ends, or cancel one.",
+            unfinished_jobs=jobs,
+            max_jobs=limit,
+        )
 
 
 class PreparationFencedError(ServiceError):

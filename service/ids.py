@@ -9,7 +9,7 @@ import time
 from typing import Literal
 from uuid import UUID
 
-Prefix = Literal["ds", "model", "job", "req", "tok"]
+Prefix = Literal["ds", "model", "job", "key", "req", "tok"]
 
 
 class _Clock:

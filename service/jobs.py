@@ -12,7 +12,7 @@ from typing import Any, cast
 from sqlalchemy import Engine, Row, Table, bindparam, func, select, update
 from sqlalchemy.orm import Session, defer
 
-from service import base_models, database, datasets, events, tokenizations, tokenizers
+from service import base_models, database, datasets, events, quotas, tokenizations, tokenizers
 from service.errors import JobStateConflictError, NotFoundError
 from service.ids import is_id, new_id
 from service.models import Job
@@ -40,8 +40,10 @@ def create(
 
     `name`, `model` and `metadata` come from `spec`. The tokens of its datasets are made by the preparer, unless the
     trainer is first. It belongs to the session's tenant, unless `tenant` names one. Raises NotFoundError if a dataset,
-    the base model or the tokenizer is gone: their rows stay locked against deletion until the transaction ends.
+    the base model or the tokenizer is gone: their rows stay locked against deletion until the transaction ends. Raises
+    TooManyJobsError, StorageQuotaExceededError.
     """
+    quotas.admit_job(session)
     for identifier in filter(None, (dataset_id, validation_dataset_id)):
         datasets.get(session, identifier, keep=True)
         if tokenizer != tokenizers.BYTES:  # which were asked for when the dataset came

@@ -91,7 +91,8 @@ class ModelUpload:
         row = self._row(tenant, name, checked)
         folder = model_path(row.id)
         path = self._files.path(folder)
-        recorded = uploads.recorded(bind, self._files, folder, lambda: self._upload.commit(path), tenant, limits)
+        commit, size = lambda: self._upload.commit(path), self._upload.bytes
+        recorded = uploads.recorded(bind, self._files, folder, commit, size, tenant, limits)
         with recorded as session:
             session.add(row)
             session.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal, Self
 
@@ -11,6 +12,17 @@ from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 LogFormat = Literal["text", "json"]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address (an IPv6 one with or without its brackets) means this machine and nothing else."""
+    name = host.removeprefix("[").removesuffix("]").rstrip(".").lower()
+    if name == "localhost":
+        return True
+    try:
+        return ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 class DatabaseSettings(BaseSettings):
@@ -39,6 +51,9 @@ class Settings(DatabaseSettings):
     """How every process writes its log: for people, or one JSON object a line."""
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65_535)
+    authentication: Literal["keys", "none"] | None = None
+    """Whether the API asks for keys. None: unless `host`, on which it listens, is a loopback address. Without keys it
+    serves this machine alone, wherever it listens."""
     max_upload_bytes: int = Field(default=2 * 1024**3, ge=1)
     """Largest dataset file that the API takes."""
     max_model_bytes: int = Field(default=16 * 1024**3, ge=1)
@@ -74,6 +89,10 @@ class Settings(DatabaseSettings):
     generate_seconds: float = Field(default=60, gt=0, le=3_600, allow_inf_nan=False)
     """After which a sample ends."""
     generate_threads: int = Field(default=1, ge=1)
+
+    @property
+    def keys_required(self) -> bool:
+        return self.authentication == "keys" or (self.authentication is None and not is_loopback(self.host))
 
     @model_validator(mode="after")
     def _leases_outlast_what_renews_them(self) -> Self:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from sqlalchemy import ColumnElement, Engine, event, inspect, select
+from sqlalchemy import BindParameter, ColumnElement, Engine, bindparam, event, inspect, select
 from sqlalchemy.orm import ORMExecuteState, Session, with_loader_criteria
+from sqlalchemy.orm.interfaces import CriteriaOption
+from sqlalchemy.sql.visitors import InternalTraversal
 
 from service.limits import UNLIMITED, Limits
-from service.models import Base, Checkpoint, Dataset, Job, JobEvent, Metric, Owned, Tokenization
+from service.models import Base, Checkpoint, Dataset, Id, Job, JobEvent, Metric, Owned, Tokenization
 
 DEFAULT = "default"
 """The tenant of what was there before there were tenants, and of who needs no key."""
@@ -56,33 +58,49 @@ def owned_tables() -> list[Any]:
     return [mapper.class_ for mapper in Base.registry.mappers if issubclass(mapper.class_, Owned)]
 
 
+class _OfTenant(CriteriaOption):
+    """`with_loader_criteria` for all tables at once.
+
+    To the cache of compiled statements it is its one bound parameter: all tenants share what is compiled, and a
+    statement costs a fifth more time, not one and a half times as much as with an option for each table.
+    """
+
+    inherit_cache = False
+    _traverse_internals = [("tenant", InternalTraversal.dp_clauseelement)]  # noqa: RUF012  # SQLAlchemy's shape
+    propagate_to_loaders = False
+
+    def __init__(self, tenant: str) -> None:
+        self.tenant = bindparam("session_tenant", tenant, Id)
+        conditions = [(table, table.tenant == self.tenant) for table in owned_tables()]
+        conditions += [(child, _parent_is(child, self.tenant)) for child in CHILDREN]
+        self._options = [
+            with_loader_criteria(table, condition, include_aliases=True, propagate_to_loaders=False)
+            for table, condition in conditions
+        ]
+
+    def process_compile_state(self, compile_state: Any) -> None:
+        """Of a SELECT."""
+        self.get_global_criteria(compile_state.global_attributes)
+
+    def get_global_criteria(self, attributes: dict[Any, Any]) -> None:
+        """Of an UPDATE or DELETE."""
+        for option in self._options:
+            option.get_global_criteria(attributes)
+
+
+_of_tenant = functools.lru_cache(maxsize=1_024)(_OfTenant)
+
+
 @event.listens_for(TenantSession, "do_orm_execute")
 def _restrict(state: ORMExecuteState) -> None:
     """Also for what relationships and `refresh` load: nothing is passed on from the statement that loaded a row."""
     if (state.is_select or state.is_update or state.is_delete) and not state.execution_options.get("every_tenant"):
         session = state.session
         assert isinstance(session, TenantSession)  # noqa: S101  # what the listener is for
-        state.statement = state.statement.options(*_criteria(session.tenant))
+        state.statement = state.statement.options(_of_tenant(session.tenant))
 
 
-@functools.lru_cache(maxsize=1_024)
-def _criteria(tenant: str) -> tuple[Any, ...]:
-    """One condition for each table. The tenant is a bound parameter: all tenants share the compiled statements."""
-    conditions = [(table, _is(table, tenant)) for table in owned_tables()]
-    conditions += [(child, _parent_is(child, tenant)) for child in CHILDREN]
-    return tuple(
-        with_loader_criteria(table, condition, include_aliases=True, propagate_to_loaders=False)
-        for table, condition in conditions
-    )
-
-
-def _is(table: type[Base], tenant: str) -> ColumnElement[bool]:
-    owner: Any = table
-    condition: ColumnElement[bool] = owner.tenant == tenant
-    return condition
-
-
-def _parent_is(child: type[Base], tenant: str) -> ColumnElement[bool]:
+def _parent_is(child: type[Base], tenant: BindParameter[str]) -> ColumnElement[bool]:
     """Through an alias of the parent's bare table: neither correlated with, nor restricted as, what the statement has
     of it otherwise."""
     column, parent = CHILDREN[child]

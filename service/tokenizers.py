@@ -10,7 +10,7 @@ from sqlalchemy import Engine, or_, select
 from sqlalchemy import delete as sql_delete
 from sqlalchemy.orm import Session
 
-from service import base_models, storage, uploads
+from service import base_models, quotas, storage, uploads
 from service.errors import (
     NotFoundError,
     TokenizerFailedError,
@@ -113,7 +113,8 @@ class TokenizerUpload:
         row = _new(tenant, name or FILE, "upload")
         row.bytes = self._upload.bytes
         path = self._files.path(row.path)
-        recorded = uploads.recorded(bind, self._files, row.path, lambda: self._upload.commit(path), tenant, limits)
+        commit, size = lambda: self._upload.commit(path), self._upload.bytes
+        recorded = uploads.recorded(bind, self._files, row.path, commit, size, tenant, limits)
         with recorded as session:
             session.add(row)
             session.flush()
@@ -131,7 +132,9 @@ class TokenizerUpload:
 
 
 def train(session: Session, dataset: Dataset, vocab_size: int, name: str | None = None) -> Tokenizer:
-    """A tokenizer to be trained by the preparer on a dataset, whose row the caller holds."""
+    """A tokenizer to be trained by the preparer on a dataset, whose row the caller holds. Raises
+    StorageQuotaExceededError."""
+    quotas.admit_bytes(session, 0)
     row = _new(dataset.tenant, name or f"BPE of {dataset.name}", "trained")
     row.dataset_id = dataset.id
     row.wanted_vocab_size = vocab_size

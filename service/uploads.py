@@ -10,7 +10,7 @@ from pathlib import Path
 from sqlalchemy import Engine, Select, exists, or_, select
 from sqlalchemy.orm import Session
 
-from service import database
+from service import database, quotas
 from service.errors import StorageFullError
 from service.limits import UNLIMITED, Limits
 from service.models import Checkpoint, Dataset, Model, Tokenizer
@@ -28,19 +28,27 @@ class FilesGoneError(Exception):
 
 @contextmanager
 def recorded(
-    bind: Engine, files: Storage, folder: str, commit: Callable[[], None], tenant: str, limits: Limits = UNLIMITED
+    bind: Engine,
+    files: Storage,
+    folder: str,
+    commit: Callable[[], None],
+    size: int,
+    tenant: str,
+    limits: Limits = UNLIMITED,
 ) -> Iterator[Session]:
     """Have `commit` put the files into `folder`, relative to the data folder; then the transaction, the tenant's, that
     adds their row. Both are there in the end, or neither.
 
-    Where this process or the database dies meanwhile, which of them is there is in doubt until `settle` looks. Raises
-    StorageFullError, and FilesGoneError where this process stood still for so long that `settle` has looked.
+    `size` is what they hold, in bytes. Where this process or the database dies meanwhile, which of them is there is in
+    doubt until `settle` looks. Raises StorageFullError, StorageQuotaExceededError, and FilesGoneError where this
+    process stood still for so long that `settle` has looked.
     """
     files.doubt(folder)
     committing = False
     try:
         commit()
         with database.transaction(bind, tenant, limits) as session:
+            quotas.admit_bytes(session, size)
             yield session
             session.flush()
             _check_there(files, folder)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, BackgroundTasks, Body, Query, Request, Response
 
-from api.dependencies import CallerDep, ContextDep, Limit, SessionDep
+from api.dependencies import CallerDep, ContextDep, HasRoom, Limit, SessionDep
 from api.problems import documented
 from api.responses import DatasetResponse, Page, TokenizationResponse
 from api.schemas import TOKENIZATION_EXAMPLES, TokenizationRequest
@@ -36,6 +36,7 @@ UPLOAD_BODY = form_body(
     response_model=DatasetResponse,
     summary="Upload a dataset",
     responses=documented(404, 408, 409, 413, 422, 507),
+    dependencies=[HasRoom],
     openapi_extra=UPLOAD_BODY,
 )
 async def upload(request: Request, response: Response, context: ContextDep, caller: CallerDep) -> DatasetResponse:

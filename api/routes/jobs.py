@@ -41,7 +41,7 @@ CREATED: dict[int | str, dict[str, Any]] = {
     status_code=202,
     response_model=JobResponse,
     summary="Create a job",
-    responses=documented(400, 404, 409, 413, 422) | CREATED,
+    responses=documented(400, 404, 409, 413, 422, 429) | CREATED,
 )
 def create(
     request: Annotated[JobRequest, Body(openapi_examples=JOB_EXAMPLES)],

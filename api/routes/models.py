@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, BackgroundTasks, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from api.dependencies import CallerDep, ContextDep, Limit, SessionDep
+from api.dependencies import CallerDep, ContextDep, HasRoom, Limit, SessionDep
 from api.model_check import check_model
 from api.problems import documented
 from api.responses import ModelResponse, Page
@@ -36,6 +36,7 @@ UPLOAD_BODY = form_body(
     response_model=ModelResponse,
     summary="Upload a base model",
     responses=documented(408, 413, 422, 507),
+    dependencies=[HasRoom],
     openapi_extra=UPLOAD_BODY,
 )
 async def upload(request: Request, response: Response, context: ContextDep, caller: CallerDep) -> ModelResponse:

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 from starlette.concurrency import run_in_threadpool
 
-from api.dependencies import Caller, CallerDep, Context, ContextDep, Limit, SessionDep
+from api.callers import Caller
+from api.dependencies import CallerDep, Context, ContextDep, HasRoom, Limit, SessionDep
 from api.errors import BodyTooLargeError
 from api.problems import documented
 from api.responses import Page, TokenizerResponse
@@ -59,6 +60,7 @@ BODY["requestBody"]["content"]["application/json"] = {
     response_model=TokenizerResponse,
     summary="Upload or train a tokenizer",
     responses=documented(404, 408, 413, 422, 507),
+    dependencies=[HasRoom],
     openapi_extra=BODY,
 )
 async def create(request: Request, response: Response, context: ContextDep, caller: CallerDep) -> TokenizerResponse:

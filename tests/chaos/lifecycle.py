@@ -315,7 +315,7 @@ def lifecycle(arena: Arena, cycles: int) -> Iterator[str]:
     """So many runs of the machine; the first that goes wrong is told, cut down to the steps that it takes."""
     with ExitStack() as stack:
         stage = stack.enter_context(arena.stage(device_memory_bytes=DEVICE_BYTES))
-        client = stack.enter_context(TestClient(create_app(stage.settings)))
+        client = stack.enter_context(TestClient(create_app(stage.settings), base_url="http://127.0.0.1"))
         dataset = add_dataset(stage.bind, Storage(stage.settings.data_dir)).id
         connection = stack.enter_context(stage.bind.connect().execution_options(isolation_level="AUTOCOMMIT"))
         pool = stack.enter_context(ThreadPoolExecutor(1))

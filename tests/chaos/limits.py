@@ -96,7 +96,7 @@ def _cap_violations(run: dict[str, Any]) -> Iterator[str]:
 
 def diverging_job(arena: Arena, cycles: int) -> Iterator[str]:
     """A loss that grows until it is no number: failed as diverged, numbers that JSON has, a checkpoint that is good."""
-    with arena.stage() as stage, TestClient(create_app(stage.settings)) as client:
+    with arena.stage() as stage, TestClient(create_app(stage.settings), base_url="http://127.0.0.1") as client:
         dataset_id = add_dataset(stage.bind, Storage(stage.settings.data_dir), TEXT).id
         for _ in range(cycles):
             answer = client.post("/jobs", json={**EXPLOSIVE, "dataset": dataset_id})

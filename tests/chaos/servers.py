@@ -68,7 +68,7 @@ def dead_broker(arena: Arena, cycles: int) -> Iterator[str]:
         body = job_body(stage)
         stage.sweeper()
         stage.worker(step_seconds=0.0)
-        with TestClient(create_app(stage.settings)) as client:
+        with TestClient(create_app(stage.settings), base_url="http://127.0.0.1") as client:
             for _ in range(cycles):
                 hangs = arena.random.random() < 0.5
                 if hangs:

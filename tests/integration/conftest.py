@@ -45,7 +45,7 @@ def job(bind: Engine, storage: Storage) -> Job:
 
 @pytest.fixture
 def client(settings: Settings) -> Iterator[TestClient]:
-    with TestClient(create_app(settings)) as running:
+    with TestClient(create_app(settings), base_url="http://127.0.0.1") as running:
         yield running
 
 
@@ -70,5 +70,5 @@ def shared_settings(
 @pytest.fixture(scope="module")
 def shared_client(shared_settings: Settings) -> Iterator[TestClient]:
     """For requests that leave nothing behind."""
-    with TestClient(create_app(shared_settings)) as running:
+    with TestClient(create_app(shared_settings), base_url="http://127.0.0.1") as running:
         yield running

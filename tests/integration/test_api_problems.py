@@ -139,7 +139,7 @@ def test_a_fault_of_ours_shows_nothing_of_the_inside(client: TestClient, bind: E
 
 def test_without_the_database_the_answer_is_a_503(settings: Settings) -> None:
     away = settings.model_copy(update={"database_url": "postgresql://127.0.0.1:1/none"})
-    with TestClient(create_app(away)) as client:
+    with TestClient(create_app(away), base_url="http://127.0.0.1") as client:
         answer = client.get("/jobs")
         assert answer.status_code == 503
         assert check_problem(answer)["code"] == "database_unavailable"
@@ -162,12 +162,13 @@ def test_ready_means_that_a_job_can_run(client: TestClient, bind: Engine, settin
     answer = client.get("/readyz")
     assert (answer.status_code, answer.json()["status"]) == (200, "ok")
     away = settings.model_copy(update={"redis_url": "redis+socket:///nowhere/redis.sock"})
-    with TestClient(create_app(away)) as other:
+    with TestClient(create_app(away), base_url="http://127.0.0.1") as other:
         assert other.get("/readyz").json()["checks"] == {"database": True, "broker": False, "worker": True}
 
 
 def test_an_empty_database_is_not_ready(empty_database_url: str, settings: Settings) -> None:
-    with TestClient(create_app(settings.model_copy(update={"database_url": empty_database_url}))) as client:
+    unmigrated = settings.model_copy(update={"database_url": empty_database_url})
+    with TestClient(create_app(unmigrated), base_url="http://127.0.0.1") as client:
         assert client.get("/readyz").json()["checks"] == {"database": False, "broker": True, "worker": False}
 
 

@@ -112,7 +112,7 @@ def test_a_broken_file_is_refused_while_it_arrives(
 
 def test_a_bomb_is_refused(settings: Settings, storage: Storage) -> None:
     limited = settings.model_copy(update={"max_expanded_bytes": 2**20})
-    with TestClient(create_app(limited)) as client:
+    with TestClient(create_app(limited), base_url="http://127.0.0.1") as client:
         answer = upload(client, "a.txt.gz", gzip.compress(bytes(8 << 20)))
     assert (answer.status_code, answer.json()["code"]) == (413, "upload_expands_too_far")
     assert answer.json()["max_expanded_bytes"] == 2**20

@@ -82,7 +82,7 @@ CAUSES: dict[str, tuple[Callable[[Stage, str], None], str]] = {
 @pytest.mark.parametrize("cause", CAUSES)
 def test_a_failed_job_says_what_happened_where_and_what_to_do(stage: Stage, cause: str) -> None:
     fail, code = CAUSES[cause]
-    with TestClient(create_app(stage.settings)) as client:
+    with TestClient(create_app(stage.settings), base_url="http://127.0.0.1") as client:
         job_id = create_job(client)
         for _ in range(runs.MAX_LOST_LEASES):
             fail(stage, job_id)
@@ -104,7 +104,7 @@ def test_a_failed_job_says_what_happened_where_and_what_to_do(stage: Stage, caus
 
 
 def test_so_does_a_job_that_waits_for_space(stage: Stage) -> None:
-    with TestClient(create_app(stage.settings)) as client:
+    with TestClient(create_app(stage.settings), base_url="http://127.0.0.1") as client:
         job_id = create_job(client)
         fake(error_code="disk_full")(stage, job_id)
         job = client.get(f"/jobs/{job_id}").json()

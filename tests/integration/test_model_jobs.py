@@ -40,7 +40,7 @@ def stage(database_url: str, redis_url: str, tmp_path: Path) -> Iterator[Stage]:
 
 @pytest.fixture
 def client(stage: Stage) -> Iterator[TestClient]:
-    with TestClient(create_app(stage.settings)) as running:
+    with TestClient(create_app(stage.settings), base_url="http://127.0.0.1") as running:
         yield running
 
 

@@ -128,7 +128,7 @@ def test_tenants_share_compiled_statements(bind: Engine, theirs: dict[str, str])
         assert session.scalars(statement).all()
     known = len(bind._compiled_cache)  # type: ignore[attr-defined]
     for number in range(3):
-        tenancy._criteria.cache_clear()
+        tenancy._of_tenant.cache_clear()
         with transaction(bind, f"tenant {number}") as session:
             assert session.scalars(statement).all() == []
     assert len(bind._compiled_cache) == known  # type: ignore[attr-defined]

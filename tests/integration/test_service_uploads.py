@@ -99,7 +99,7 @@ def begin(bind: Engine, storage: Storage, dataset: str) -> AbstractContextManage
     """What has put the file in its place and waits before its row."""
     path = storage.path(f"datasets/{dataset}/data.txt")
     with storage.upload(100) as upload:
-        recording = uploads.recorded(bind, storage, f"datasets/{dataset}", lambda: upload.commit(path), "default")
+        recording = uploads.recorded(bind, storage, f"datasets/{dataset}", lambda: upload.commit(path), 1, "default")
         recording.__enter__()
     return recording
 

@@ -1,0 +1,76 @@
+"""Who may ask, before anything of a request is read: keys, their rate, or this machine alone. Plain ASGI.
+
+A middleware, not a dependency of routes: what has no route yet is closed too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api import local_only
+from api.authentication import Authenticator
+from api.callers import Caller
+from api.errors import DATABASE_AWAY, RateLimitedError, database_problem, service_problem
+from api.rates import Rates, Turn
+from service.errors import ServiceError
+from service.tenancy import DEFAULT
+
+ANYBODY = Caller(DEFAULT)
+"""Who asks where no key is needed."""
+
+
+class Access:
+    """Puts the caller into the request's state, or answers 401, 403 or 429. `open_paths` are for everybody."""
+
+    def __init__(self, app: ASGIApp, authenticator: Authenticator | None, open_paths: Collection[str]) -> None:
+        """Without an authenticator the API serves its own machine (local_only.py)."""
+        self._app = app
+        self._authenticator = authenticator
+        self._open_paths = open_paths
+        self._rates = Rates()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in self._open_paths:
+            await self._app(scope, receive, send)
+            return
+        try:
+            caller = await self._caller(scope)
+        except ServiceError as error:
+            await service_problem(scope, error)(scope, receive, send)
+            return
+        except DATABASE_AWAY as error:
+            await database_problem(scope, error)(scope, receive, send)
+            return
+        scope.setdefault("state", {})["caller"] = caller
+        turn = self._turn(caller)
+        if turn is not None:
+            send = _with_headers(send, turn)
+            if not turn.allowed:
+                message = f"This API key allows {turn.limit} requests a minute."
+                await service_problem(scope, RateLimitedError(message, turn.retry_seconds))(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+        if self._authenticator is not None and (key_id := self._authenticator.to_note(caller)) is not None:
+            await self._authenticator.note(key_id)
+
+    async def _caller(self, scope: Scope) -> Caller:
+        if self._authenticator is None:
+            local_only.check(scope)
+            return ANYBODY
+        return await self._authenticator.caller(scope)
+
+    def _turn(self, caller: Caller) -> Turn | None:
+        limit = caller.limits.requests_per_minute
+        return None if limit is None or caller.key_id is None else self._rates.take(caller.key_id, limit)
+
+
+def _with_headers(send: Send, turn: Turn) -> Send:
+    async def send_with_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).update(turn.headers())
+        await send(message)
+
+    return send_with_headers

@@ -1,0 +1,127 @@
+"""Keys in requests: which are valid, how long that is remembered, and how often somebody may guess."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from anyio import CapacityLimiter, to_thread
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.datastructures import Headers
+from starlette.types import Scope
+
+from api.callers import Caller
+from api.errors import RateLimitedError, UnauthorizedError
+from api.rates import Rates
+from service import database, keys
+
+REMEMBER_SECONDS = 3.0
+"""How long a key stays valid for a process that has seen it, whatever becomes of it."""
+REMEMBERED_KEYS = 10_000
+FAILURES_PER_MINUTE = 60
+"""Keys that one address may get wrong."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Known:
+    caller: Caller
+    checked_at: float
+
+
+class Authenticator:
+    """For one process, on its event loop. Only valid keys are remembered: wrong ones fill nothing."""
+
+    def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._known: OrderedDict[str, _Known] = OrderedDict()
+        """By the keys' hashes."""
+        self._noted: dict[str, float] = {}
+        """When the database heard last that a key is in use, by its id."""
+        self._failures = Rates(clock=clock)
+        self._threads = CapacityLimiter(4)
+        """Of its own: routes that hold all others may be waiting for the connections that these give back."""
+
+    async def caller(self, scope: Scope) -> Caller:
+        """Who has the request's key. Raises UnauthorizedError, RateLimitedError, SQLAlchemyError."""
+        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        if not key:
+            raise UnauthorizedError
+        sha256 = keys.digest(key.strip(" "))
+        known = self._known.get(sha256)
+        if known is not None and scheme.lower() == "bearer":
+            if self._clock() - known.checked_at > REMEMBER_SECONDS:
+                await self._check_again(sha256, known)
+            return known.caller
+        peer = _peer(scope)
+        turn = self._failures.take(peer, FAILURES_PER_MINUTE)
+        if not turn.allowed:
+            raise RateLimitedError("Too many wrong API keys came from this address.", turn.retry_seconds)
+        if scheme.lower() != "bearer" or not keys.is_key(key.strip(" ")):
+            raise UnauthorizedError
+        caller = await self._look_up(sha256)
+        if caller is None:
+            raise UnauthorizedError
+        self._failures.give_back(peer, FAILURES_PER_MINUTE)
+        self._known[sha256] = _Known(caller, self._clock())
+        if len(self._known) > REMEMBERED_KEYS:
+            self._known.popitem(last=False)
+        return caller
+
+    def to_note(self, caller: Caller) -> str | None:
+        """The key to `note`, if the database has not heard of its use for a minute."""
+        now = self._clock()
+        if caller.key_id is None or now - self._noted.get(caller.key_id, -math.inf) < keys.LAST_USED_SECONDS:
+            return None
+        self._noted[caller.key_id] = now
+        return caller.key_id
+
+    async def note(self, key_id: str) -> None:
+        """For `last_used_at`, after the answer: it is not worth waiting for."""
+        await to_thread.run_sync(self._note, key_id, limiter=self._threads)
+
+    async def _check_again(self, sha256: str, known: _Known) -> None:
+        """Of requests that come meanwhile none waits: what was true a moment ago is for them."""
+        before, known.checked_at = known.checked_at, self._clock()
+        try:
+            caller = await self._look_up(sha256)
+        except BaseException:
+            known.checked_at = before
+            raise
+        if caller is None:
+            self._known.pop(sha256, None)
+            raise UnauthorizedError
+        known.caller = caller
+
+    async def _look_up(self, sha256: str) -> Caller | None:
+        return await to_thread.run_sync(self._find, sha256, limiter=self._threads)
+
+    def _find(self, sha256: str) -> Caller | None:
+        with database.transaction(self._engine) as session:
+            known = keys.find(session, sha256)
+        return None if known is None else Caller(known.tenant, known.key_id, known.limits)
+
+    def _note(self, key_id: str) -> None:
+        try:
+            with database.transaction(self._engine) as session:
+                keys.used(session, key_id)
+        except SQLAlchemyError as error:
+            logger.info("the use of %s is not noted: %s", key_id, error)
+
+
+def _peer(scope: Scope) -> str:
+    """Where a request comes from: an IPv4 address, the network of an IPv6 one, whose owner has all the others in it."""
+    host = scope["client"][0] if scope.get("client") else "unix"
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return str(host)
+    return str(address) if address.version == 4 else str(ipaddress.ip_network((int(address) >> 64 << 64, 64)))
