@@ -21,6 +21,7 @@ from api.middleware import BodyLimit, RequestContext
 from api.problems import Problem, documented
 from api.routes import checkpoints, datasets, devices, generate, health, jobs, models, plans, tokenizers
 from api.sampler import Slots
+from api.waker import Waker
 from service import database, logs, queue
 from service.settings import Settings, load_settings
 from service.storage import Storage
@@ -48,11 +49,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     if settings is None:
         settings = load_settings()
         logs.configure(settings.log_format)
+    producer = queue.producer(settings.redis_url)
     context = Context(
         settings=settings,
         engine=database.engine(settings),
         storage=Storage(settings.data_dir),
-        producer=queue.producer(settings.redis_url),
+        producer=producer,
+        waker=Waker(producer),
         sampler_slots=Slots(settings.generate_slots),
         check_limiter=CapacityLimiter(CHECKS_AT_ONCE),
     )

@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from api.callers import Caller as Caller
 from api.sampler import Slots
+from api.waker import Waker
 from service import database, quotas
 from service.settings import Settings
 from service.storage import Storage
@@ -30,6 +31,7 @@ class Context:
     engine: Engine
     storage: Storage
     producer: Celery
+    waker: Waker
     sampler_slots: Slots
     check_limiter: CapacityLimiter
     """Of the threads that check what was uploaded, each with a process that may take long and much memory."""

@@ -15,7 +15,7 @@ from api.dependencies import CallerDep, ContextDep, Limit, RequestId, SessionDep
 from api.problems import documented
 from api.responses import EventResponse, JobResponse, JobSummary, MetricResponse, Page
 from api.schemas import INT64_END, JOB_EXAMPLES, IdempotencyKey, JobRequest, ResumeRequest
-from service import database, events, idempotency, jobs, metrics, queue
+from service import database, events, idempotency, jobs, metrics
 from service import models as rows
 from service.status import Action
 
@@ -79,7 +79,7 @@ def create(
     created = idempotency.once(session, idempotency_key, asked, new_job)
     # Background tasks run after the answer, so after the commit: no worker looks for a row that is not there yet.
     # For a job that waits no more the message is a look for work, as any other.
-    background.add_task(queue.wake, created.job_id, context.producer)
+    background.add_task(context.waker.wake, created.job_id)
     headers = {"Location": f"/jobs/{created.job_id}"} | ({REPLAYED: "true"} if created.replayed else {})
     return Response(created.answer, 202, headers, "application/json")
 
@@ -138,7 +138,7 @@ def resume(
         workload.check_device(session, jobs.get(session, job_id))
     job = _request(session, job_id, "resume", _new_cap(session, request))
     if job.status == "queued":
-        background.add_task(queue.wake, job_id, context.producer)
+        background.add_task(context.waker.wake, job_id)
     return job
 
 
