@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import insert, select
@@ -14,8 +15,14 @@ from service.pages import of_job
 
 def record(session: Session, job_id: str, attempt: int, event_type: str, data: dict[str, Any] | None = None) -> None:
     """Add an event. Not fenced: a run writes through `runs.add_event`."""
-    values = {"job_id": job_id, "attempt": attempt, "type": event_type, "data": clean_json(data or {})}
-    session.execute(insert(JobEvent).values(values))
+    record_all(session, job_id, attempt, [(event_type, data or {})])
+
+
+def record_all(session: Session, job_id: str, attempt: int, events: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    """Add events in this order: types and their data."""
+    of = {"job_id": job_id, "attempt": attempt}
+    rows = [{**of, "type": event_type, "data": clean_json(data)} for event_type, data in events]
+    session.execute(insert(JobEvent).values(rows))
 
 
 def page(session: Session, job_id: str, after: int = 0, limit: int = 100) -> tuple[list[JobEvent], bool]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sqlalchemy import Engine, Row, Table, bindparam, func, select, update
+from sqlalchemy import Engine, Row, Table, bindparam, func, insert, select, update
 from sqlalchemy.orm import Session, defer
 
 from service import base_models, database, datasets, events, quotas, tokenizations, tokenizers
@@ -45,12 +45,12 @@ def create(
     """
     quotas.admit_job(session)
     for identifier in filter(None, (dataset_id, validation_dataset_id)):
-        datasets.get(session, identifier, keep=True)
+        datasets.keep(session, identifier)
         if tokenizer != tokenizers.BYTES:  # which were asked for when the dataset came
             tokenizations.request(session, identifier, tokenizer)
     if base_model_id is not None:
         base_models.get(session, base_model_id, keep=True)
-    job = Job(
+    new = insert(Job).values(
         id=new_id("job"),
         name=spec.get("name"),
         status=JobStatus.QUEUED.value,
@@ -72,12 +72,11 @@ def create(
         tokenizer_path=tokenizer.path,
         tokenizer_id=tokenizer.name if is_id("tok", tokenizer.name) else None,
     )
-    session.add(job)
-    session.flush()
-    session.refresh(job)
-    events.record(session, job.id, 0, "queued", None if request_id is None else {"request_id": request_id})
+    job = session.scalars(new.returning(Job)).one()
+    queued = {} if request_id is None else {"request_id": request_id}
     planned = ("chunk_length", "num_chunks", "state_policy", "micro_batch_size", "predicted_peak_bytes", "reason")
-    events.record(session, job.id, 0, "planned", {name: plan[name] for name in planned if name in plan})
+    planned_as = {name: plan[name] for name in planned if name in plan}
+    events.record_all(session, job.id, 0, [("queued", queued), ("planned", planned_as)])
     return job
 
 
