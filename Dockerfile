@@ -20,7 +20,7 @@ RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))
  && pip install --quiet -r /tmp/requirements.txt -c requirements.lock \
  && rm /tmp/requirements.txt
 COPY . .
-ENV SLIMTUNE_DATA_DIR=/data
+ENV SLIMTUNE_DATA_DIR=/data SLIMTUNE_AUTHENTICATION=keys
 USER slimtune
 EXPOSE 8000
 CMD ["python", "-m", "uvicorn", "api.app:create_app", "--factory", "--host", "0.0.0.0", "--port", "8000"]

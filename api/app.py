@@ -98,9 +98,10 @@ def _openapi(app: FastAPI, keys_required: bool) -> dict[str, Any]:
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
         document["components"]["securitySchemes"] = {"key": KEY_SCHEME}
+        closed = {str(status): answer for status, answer in documented(401, 403, 429).items()}
         for path, operations in document["paths"].items():
             for operation in operations.values() if path not in OPEN_PATHS else ():
-                operation["responses"] = documented(401, 403, 429) | operation["responses"]
+                operation["responses"] = closed | operation["responses"]
                 if keys_required:
                     operation["security"] = [{"key": []}]
         for operation in [operation for path in document["paths"].values() for operation in path.values()]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import ipaddress
 import logging
 import math
-import time
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
+from time import monotonic
 
 from anyio import CapacityLimiter, to_thread
 from sqlalchemy import Engine
@@ -39,14 +38,13 @@ class _Known:
 class Authenticator:
     """For one process, on its event loop. Only valid keys are remembered: wrong ones fill nothing."""
 
-    def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._clock = clock
         self._known: OrderedDict[str, _Known] = OrderedDict()
         """By the keys' hashes."""
         self._noted: dict[str, float] = {}
         """When the database heard last that a key is in use, by its id."""
-        self._failures = Rates(clock=clock)
+        self._failures = Rates()
         self._threads = CapacityLimiter(4)
         """Of its own: routes that hold all others may be waiting for the connections that these give back."""
 
@@ -58,7 +56,7 @@ class Authenticator:
         sha256 = keys.digest(key.strip(" "))
         known = self._known.get(sha256)
         if known is not None and scheme.lower() == "bearer":
-            if self._clock() - known.checked_at > REMEMBER_SECONDS:
+            if monotonic() - known.checked_at > REMEMBER_SECONDS:
                 await self._check_again(sha256, known)
             return known.caller
         peer = _peer(scope)
@@ -71,14 +69,14 @@ class Authenticator:
         if caller is None:
             raise UnauthorizedError
         self._failures.give_back(peer, FAILURES_PER_MINUTE)
-        self._known[sha256] = _Known(caller, self._clock())
+        self._known[sha256] = _Known(caller, monotonic())
         if len(self._known) > REMEMBERED_KEYS:
             self._known.popitem(last=False)
         return caller
 
     def to_note(self, caller: Caller) -> str | None:
         """The key to `note`, if the database has not heard of its use for a minute."""
-        now = self._clock()
+        now = monotonic()
         if caller.key_id is None or now - self._noted.get(caller.key_id, -math.inf) < keys.LAST_USED_SECONDS:
             return None
         self._noted[caller.key_id] = now
@@ -90,7 +88,7 @@ class Authenticator:
 
     async def _check_again(self, sha256: str, known: _Known) -> None:
         """Of requests that come meanwhile none waits: what was true a moment ago is for them."""
-        before, known.checked_at = known.checked_at, self._clock()
+        before, known.checked_at = known.checked_at, monotonic()
         try:
             caller = await self._look_up(sha256)
         except BaseException:

@@ -12,12 +12,14 @@ from fastapi import Depends, Query, Request
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from api.callers import Caller as Caller
+from api.callers import Caller
 from api.sampler import Slots
 from api.waker import Waker
 from service import database, quotas
 from service.settings import Settings
 from service.storage import Storage
+
+__all__ = ["Caller", "CallerDep", "Context", "ContextDep", "HasRoom", "Limit", "RequestId", "SessionDep"]
 
 FORM_BYTES = 128 * 1024
 """What a form may have around its files, at most."""

@@ -6,10 +6,9 @@ Counted by each API process for itself; used on its event loop only.
 from __future__ import annotations
 
 import math
-import time
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
+from time import monotonic
 
 MINUTE = 60.0
 
@@ -39,9 +38,8 @@ class Rates:
     """Up to `limit` requests at once, and `limit` a minute in the long run. Of more than `capacity` names the one that
     has been silent for longest is forgotten, so that nobody can fill the memory with names."""
 
-    def __init__(self, capacity: int = 10_000, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, capacity: int = 10_000) -> None:
         self._capacity = capacity
-        self._clock = clock
         self._full_at: OrderedDict[str, float] = OrderedDict()
         """When the whole limit is there again, by name."""
 
@@ -50,7 +48,7 @@ class Rates:
 
     def take(self, name: str, limit: int) -> Turn:
         """Ask for one request. One that is refused costs nothing."""
-        now, interval = self._clock(), MINUTE / limit
+        now, interval = monotonic(), MINUTE / limit
         full_at = max(self._full_at.get(name, now), now) + interval
         wait = full_at - now - MINUTE
         allowed = wait <= 1e-9 * MINUTE  # of rounding

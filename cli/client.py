@@ -199,8 +199,9 @@ class Client:
     Proxy settings of the environment are not used: the service is local or on a network of ours.
     """
 
-    def __init__(self, url: str, *, timeout_seconds: float = 30.0) -> None:
-        self._http = httpx2.Client(base_url=url, timeout=timeout_seconds, trust_env=False)
+    def __init__(self, url: str, *, timeout_seconds: float = 30.0, api_key: str | None = None) -> None:
+        headers = {} if not api_key else {"Authorization": f"Bearer {api_key}"}
+        self._http = httpx2.Client(base_url=url, headers=headers, timeout=timeout_seconds, trust_env=False)
 
     def __enter__(self) -> Self:
         return self

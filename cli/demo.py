@@ -49,27 +49,31 @@ class DemoError(RuntimeError):
     """The demonstration did not get through."""
 
 
-def run_demo(console: Console, home: Path, url: str | None = None, steps: int = STEPS) -> None:
-    """Start the service (unless `url` names a running one), run a job of `steps` steps, stop what was started.
+def run_demo(
+    console: Console, home: Path, url: str | None = None, steps: int = STEPS, api_key: str | None = None
+) -> None:
+    """Start the service (unless `url` names a running one, which may ask for `api_key`), run a job of `steps` steps,
+    stop what was started.
 
     Raises StackError, ServiceError, DamagedDownloadError or DemoError, and KeyboardInterrupt for SIGINT and SIGTERM.
     """
     begin = time.monotonic()
     with on_signals(interrupt):
         if url is None:
-            with Stack(Options(home, port=0), lambda text: console.print(text, markup=False)) as stack:
+            options = Options(home, port=0, authentication="none")
+            with Stack(options, lambda text: console.print(text, markup=False)) as stack:
                 ready = format_seconds(time.monotonic() - begin)
                 console.print(f"the service is ready at {stack.url} after {ready}")
-                _show(console, home, stack.url, steps, stack.check)
+                _show(console, home, stack.url, steps, stack.check, None)
         else:
-            _show(console, home, url, steps, lambda: None)
+            _show(console, home, url, steps, lambda: None, api_key)
     nothing_runs = "" if url else "; everything that was started has stopped"
     console.print(f"done in {format_seconds(time.monotonic() - begin)}{nothing_runs}")
 
 
-def _show(console: Console, home: Path, url: str, steps: int, check: Callable[[], None]) -> None:
+def _show(console: Console, home: Path, url: str, steps: int, check: Callable[[], None], api_key: str | None) -> None:
     folder = home / "demo"
-    with Client(url) as client:
+    with Client(url, api_key=api_key) as client:
         training, validation = (client.upload_dataset(path) for path in write_datasets(folder))
         _show_datasets(console, training, validation)
         request = _request(training, validation, steps)

@@ -37,6 +37,16 @@ LONGEST_SOCKET_PATH_BYTES = 107
 UNSHARE = ("unshare", "--user", f"--map-user={NOBODY}", f"--map-group={NOBODY}")
 
 
+def running_database_url(directory: Path) -> str | None:
+    """Of the embedded PostgreSQL that runs with its data in this folder, as the server itself has noted it there."""
+    try:
+        lines = (directory / "postgresql" / "postmaster.pid").read_text().splitlines()
+    except FileNotFoundError:
+        return None
+    # Process, data folder, start time, port, folder of the socket, ...
+    return f"postgresql+psycopg://{NAME}@/{NAME}?host={lines[4]}" if len(lines) > 4 and lines[4] else None
+
+
 class EmbeddedServerError(RuntimeError):
     """A server did not start; the message carries the end of its log."""
 

@@ -10,11 +10,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from cli import keys
 from cli.client import Client, DamagedDownloadError, Sample, ServiceError
 from cli.demo import STEPS, DemoError, run_demo
-from cli.up import ROOT, Options, StackError, run_until_stopped
+from cli.up import Options, StackError, run_until_stopped
 
-HOME = ROOT / ".slimtune"
+HOME = keys.HOME
 
 app = typer.Typer(
     name="slimtune",
@@ -24,7 +25,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.add_typer(keys.app)
+
 Home = Annotated[Path, typer.Option(help="Folder of data, logs and sockets.", file_okay=False)]
+ApiKey = Annotated[
+    str | None, typer.Option(envvar="SLIMTUNE_API_KEY", help="Of a service that asks for keys.", show_envvar=True)
+]
 
 
 @app.command()
@@ -55,10 +61,11 @@ def demo(
     ] = None,
     home: Home = HOME,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of the job.")] = STEPS,
+    api_key: ApiKey = None,
 ) -> None:
     """Run one real training job through the REST API, from the upload to a generated sample."""
     try:
-        run_demo(Console(highlight=False), home, url, steps)
+        run_demo(Console(highlight=False), home, url, steps, api_key)
     except (StackError, ServiceError, DamagedDownloadError, DemoError) as error:
         fail(error)
     except KeyboardInterrupt:
@@ -78,6 +85,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="Text to end before; may be given several times.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     url: Annotated[str, typer.Option(envvar="SLIMTUNE_URL", help="The service.")] = "http://127.0.0.1:8000",
+    api_key: ApiKey = None,
 ) -> None:
     """Continue a text with a job's checkpoint and print what comes, as it comes."""
     if prompt is not None and file is not None:
@@ -95,7 +103,7 @@ def generate(
     which = int(checkpoint) if checkpoint.isdecimal() else checkpoint
     request = {name: value for name, value in options.items() if value is not None}
     try:
-        with Client(url) as client:
+        with Client(url, api_key=api_key) as client:
             print_sample(client.generate(job, {"prompt": prompt, "checkpoint": which, **request}))
     except ServiceError as error:
         fail(error)

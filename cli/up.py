@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import ipaddress
 import os
 import signal
 import socket
@@ -44,6 +45,8 @@ class Options:
     """None starts an embedded PostgreSQL."""
     redis_url: str | None = None
     """None starts an embedded Redis."""
+    authentication: str | None = None
+    """As SLIMTUNE_AUTHENTICATION; None: as the environment says."""
 
 
 class Stack:
@@ -141,6 +144,7 @@ class Stack:
         return options.database_url or servers.database_url, options.redis_url or servers.redis_url
 
     def _environment(self, database_url: str, redis_url: str) -> dict[str, str]:
+        authentication = self._options.authentication
         return {
             "SLIMTUNE_DATA_DIR": str(self._home / "data"),
             **os.environ,
@@ -148,6 +152,7 @@ class Stack:
             "REDIS_URL": redis_url,
             "SLIMTUNE_HOST": self._options.host,
             "SLIMTUNE_PORT": str(self.port),
+            **({"SLIMTUNE_AUTHENTICATION": authentication} if authentication is not None else {}),
             "PYTHONUNBUFFERED": "1",
         }
 
@@ -198,12 +203,25 @@ def run_until_stopped(options: Options, say: Callable[[str], None]) -> None:
         try:
             with Stack(options, say) as stack:
                 say(f"slimtune is ready: {stack.url} (description of the API: {stack.url}/docs)")
+                if asks_for_keys(options.host):
+                    say("it asks for API keys: make one with `slimtune keys create --tenant default --name ...`")
                 say(f"data and logs: {options.home}; stop it with Ctrl-C")
                 while True:
                     stack.check()
                     time.sleep(0.5)
         except KeyboardInterrupt:
             say("stopped")
+
+
+def asks_for_keys(host: str) -> bool:
+    """Whether an API on this address asks for keys, by the rule that it has itself (service/settings.py)."""
+    chosen = os.environ.get("SLIMTUNE_AUTHENTICATION")
+    if chosen is not None:
+        return chosen == "keys"
+    try:
+        return not ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host != "localhost"
 
 
 def interrupt(number: int, _frame: FrameType | None) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 
-from sqlalchemy import BigInteger, func, select, true
+from sqlalchemy import BigInteger, column, func, select
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
@@ -52,10 +52,11 @@ def check_bytes(session: Session, added: int) -> None:
 
 
 def bytes_in_use(session: Session) -> int:
-    """What the tenant's datasets, tokenizers and models had when they were uploaded, and what its checkpoints hold. An
-    output model is one of its job's checkpoints."""
-    file = func.jsonb_array_elements(Checkpoint.files, type_=JSONB).column_valued("file")
-    in_checkpoints = select(func.sum(file["bytes"].astext.cast(BigInteger))).select_from(Checkpoint).join(file, true())
+    """What the tenant's datasets, tokenizers, uploaded models and checkpoints hold. An output model is one of its job's
+    checkpoints."""
+    files = func.jsonb_array_elements(Checkpoint.files)
+    file = files.table_valued(column("value", JSONB), joins_implicitly=True).c.value
+    in_checkpoints = select(func.sum(file["bytes"].astext.cast(BigInteger))).select_from(Checkpoint)
     uploaded = (select(func.sum(table.bytes)) for table in (Dataset, Tokenizer, Model))
     return sum(int(session.scalar(query) or 0) for query in (*uploaded, in_checkpoints))
 

@@ -49,7 +49,7 @@ def theirs(bind: Engine, storage: Storage) -> dict[str, str]:
     return {"dataset": dataset, "job": job, "model": "model_1", "tokenizer": "tok_1"}
 
 
-JOB = bindparam("job")
+JOB: Any = bindparam("job")
 QUERIES: dict[str, Any] = {
     "rows": select(Job).where(Job.id == JOB),
     "a column": select(Job.id).where(Job.id == JOB),
@@ -126,9 +126,10 @@ def test_tenants_share_compiled_statements(bind: Engine, theirs: dict[str, str])
     statement = select(JobEvent).where(JobEvent.job_id == theirs["job"])
     with transaction(bind, THEIRS) as session:
         assert session.scalars(statement).all()
-    known = len(bind._compiled_cache)  # type: ignore[attr-defined]
+    compiled: Any = bind._compiled_cache
+    known = len(compiled)
     for number in range(3):
         tenancy._of_tenant.cache_clear()
         with transaction(bind, f"tenant {number}") as session:
             assert session.scalars(statement).all() == []
-    assert len(bind._compiled_cache) == known  # type: ignore[attr-defined]
+    assert len(compiled) == known
