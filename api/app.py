@@ -25,6 +25,7 @@ from api.problems import Problem, documented
 from api.routes import checkpoints, datasets, devices, generate, health, jobs, models, plans, tokenizers, webhooks
 from api.sampler import Slots
 from api.shutdown import before_the_server_stops
+from api.waker import Waker
 from service import database, logs, queue
 from service.settings import Settings, load_settings
 from service.storage import Storage
@@ -55,11 +56,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         settings = load_settings()
         logs.configure(settings.log_format)
     engine = database.engine(settings)
+    producer = queue.producer(settings.redis_url)
     context = Context(
         settings=settings,
         engine=engine,
         storage=Storage(settings.data_dir),
-        producer=queue.producer(settings.redis_url),
+        producer=producer,
+        waker=Waker(producer),
         sampler_slots=Slots(settings.generate_slots),
         event_hub=EventHub(engine, settings.event_streams),
         check_limiter=CapacityLimiter(CHECKS_AT_ONCE),

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from api.callers import Caller
 from api.event_hub import EventHub
 from api.sampler import Slots
+from api.waker import Waker
 from service import database, quotas
 from service.settings import Settings
 from service.storage import Storage
@@ -33,6 +34,7 @@ class Context:
     engine: Engine
     storage: Storage
     producer: Celery
+    waker: Waker
     sampler_slots: Slots
     event_hub: EventHub
     check_limiter: CapacityLimiter

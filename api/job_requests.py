@@ -13,7 +13,7 @@ from starlette.responses import Response
 from api import workload
 from api.dependencies import Context
 from api.schemas import JobRequest, ResumeRequest
-from service import idempotency, jobs, queue
+from service import idempotency, jobs
 from service.models import Job
 
 REPLAYED = "Idempotency-Replayed"
@@ -63,7 +63,7 @@ def create(
     created = idempotency.once(session, idempotency_key, creation.asked, new_job)
     # Background tasks run after the answer, so after the commit: no worker looks for a row that is not there yet.
     # For a job that waits no more the message is a look for work, as any other.
-    background.add_task(queue.wake, created.job_id, context.producer)
+    background.add_task(context.waker.wake, created.job_id)
     headers = {"Location": f"{creation.location}/{created.job_id}"} | ({REPLAYED: "true"} if created.replayed else {})
     return Response(created.answer, status, headers, "application/json")
 
@@ -96,7 +96,7 @@ def resume(
         workload.check_device(session, jobs.get(session, job_id))
     job = jobs.request(session, job_id, "resume", _new_cap(session, request))
     if job.status == "queued":
-        background.add_task(queue.wake, job_id, context.producer)
+        background.add_task(context.waker.wake, job_id)
     return job
 
 

@@ -66,7 +66,7 @@ def _checked(
     if dataset_id is None:
         return None
     dataset = datasets.get(session, dataset_id)
-    counts = counts_of(session, field, dataset, tokenizer)
+    counts = counts_of(field, dataset, tokenizer)
     if counts is None or request.packing == "single":  # where a short document leaves the rest of its window empty
         return dataset
     if counts.tokens < request.sequence_length + 1:
@@ -77,10 +77,10 @@ def _checked(
     return dataset
 
 
-def counts_of(session: Session, field: str, dataset: Dataset, tokenizer: TokenizerRef) -> Counts | None:
+def counts_of(field: str, dataset: Dataset, tokenizer: TokenizerRef) -> Counts | None:
     """What the dataset is under the tokenizer; None while that is not known. Raises DatasetUnusableError where it never
     will be."""
-    row = tokenizations.get(session, dataset.id, tokenizer.key)
+    row = next((each for each in dataset.tokenizations if each.key == tokenizer.key), None)
     if row is not None and row.status == FAILED and row.error and row.error["code"] in _HOPELESS:
         raise DatasetUnusableError(field, dataset.id, tokenizer.name, row.error)
     if row is not None and row.status == READY and row.counts is not None:
@@ -103,7 +103,7 @@ def _steps(
         return request.steps
     assert request.epochs is not None  # noqa: S101  # by workload's rules
     assert dataset is not None  # noqa: S101  # by workload's rules
-    counts = counts_of(session, "dataset", dataset, tokenizer)
+    counts = counts_of("dataset", dataset, tokenizer)
     folder = files.path(storage.tokens_dir(dataset.id, tokenizer.key))
     windows = None if counts is None else _windows(counts, request.sequence_length, packing, folder)
     if windows is None:

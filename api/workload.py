@@ -10,8 +10,9 @@ from typing import Literal, Protocol
 
 from sqlalchemy.orm import Session
 
-from api import training_data
+from api import remembered_plans, training_data
 from api.errors import InvalidRequestError
+from api.remembered_plans import KnownCalibration
 from api.schemas import ChunkingFields, FullFields, LoraFields, PlanRequest
 from api.training_data import TrainingData
 from service import base_models, calibrations, devices, tokenizers
@@ -31,13 +32,11 @@ from slim_core.config import (
     TrainConfig,
 )
 from slim_core.planning import (
-    Calibration,
     Chunking,
     Plan,
     Workload,
     check_chunking,
     default_calibration,
-    plan_with_lessons,
 )
 from slim_core.planning.shapes import check_adapters
 
@@ -85,7 +84,7 @@ def resolve(session: Session, request: PlanRequest, files: Storage) -> PlannedWo
         except ValueError as error:
             field, _, rule = str(error).partition(": ")
             raise InvalidRequestError((f"chunking.{field}", rule)) from error
-    plan = plan_with_lessons(workload, request.memory_cap, _calibration(session, workload), chunking=chunking)
+    plan = remembered_plans.plan(workload, request.memory_cap, _calibration(session, workload), chunking)
     return PlannedWorkload(model=model, base_model_id=base_model_id, train=train, plan=plan, tokenizer=tokenizer)
 
 
@@ -101,7 +100,7 @@ def replan(session: Session, job: Job, memory_cap: int) -> Plan:
     workload = Workload(ModelConfig.from_json(job.model_config), TrainConfig.from_json(job.train))
     own = job.spec.get("chunking", "auto")
     chunking = None if own == "auto" else Chunking(own["chunk_length"], own["state_policy"])
-    return plan_with_lessons(workload, memory_cap, _calibration(session, workload), chunking=chunking)
+    return remembered_plans.plan(workload, memory_cap, _calibration(session, workload), chunking)
 
 
 def _check_rules(request: PlanRequest) -> None:
@@ -229,12 +228,12 @@ def _lora(method: FullFields | LoraFields) -> LoraConfig | None:
     return LoraConfig(method.rank, method.alpha, tuple(method.targets))
 
 
-def _calibration(session: Session, workload: Workload) -> Calibration:
+def _calibration(session: Session, workload: Workload) -> KnownCalibration:
     measured = calibrations.for_job(session, workload.model.to_json(), workload.train.to_json())
     if measured is not None:
         try:
-            return Calibration.from_json(measured)
+            return remembered_plans.calibration_of(measured)
         except ValueError as error:
             # A worker of another version reported it; the next one to start replaces it.
             logger.warning("the stored calibration cannot be read, planning with the default: %s", error)
-    return default_calibration()
+    return remembered_plans.calibration_of(default_calibration().to_json())

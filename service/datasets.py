@@ -114,6 +114,13 @@ def get(session: Session, dataset_id: str, keep: bool = False) -> Dataset:
     return dataset
 
 
+def keep(session: Session, dataset_id: str) -> None:
+    """`get` with `keep`, without reading anything. Raises NotFoundError."""
+    query = select(Dataset.id).where(Dataset.id == dataset_id).with_for_update(read=True, key_share=True)
+    if not is_id("ds", dataset_id) or session.scalar(query) is None:
+        raise NotFoundError("dataset", dataset_id)
+
+
 def tokenize(session: Session, dataset_id: str, tokenizer: str) -> Tokenization:
     """Have the dataset's tokens made by a tokenizer, unless they are there. Raises NotFoundError and what
     tokenizers.resolve raises."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -58,6 +58,13 @@ def record(session: Session, job_id: str, attempt: int, event_type: str, data: d
     session.scalars(insert(JobEvent).from_select(list(values), job).returning(JobEvent.id)).one()
     if event_type in outbox.JOB_EVENTS:
         outbox.announce(session, job_id, attempt, event_type, clean_json(data or {}))
+
+
+def record_first(session: Session, job_id: str, events: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    """The first events of a job whose row this transaction has made, in this order: types and their data."""
+    of = {"job_id": job_id, "attempt": 0}
+    rows = [{**of, "type": event_type, "data": clean_json(data)} for event_type, data in events]
+    session.execute(insert(JobEvent).values(rows))
 
 
 def newest(session: Session, job_id: str, before: int | None, limit: int) -> tuple[list[JobEvent], bool]:

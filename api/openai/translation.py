@@ -121,7 +121,7 @@ def default_length(longest_document: int, model: ModelConfig, tokens: int | None
 
 def _counts(session: Session, field: str, file_id: str, tokenizer: TokenizerRef) -> Counts:
     dataset = datasets.get(session, file_id)
-    counts = training_data.counts_of(session, field, dataset, tokenizer)
+    counts = training_data.counts_of(field, dataset, tokenizer)
     if counts is None:
         raise training_data.not_tokenized(session, dataset, tokenizer)
     return counts

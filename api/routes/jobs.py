@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, BackgroundTasks, Body, Header, Query, Request, Response
 
 from api import job_requests, sse
-from api.dependencies import ContextDep, Limit, RequestId, SessionDep
+from api.dependencies import CallerDep, ContextDep, Limit, RequestId, SessionDep
 from api.event_stream import EventStream
 from api.problems import documented
 from api.responses import EventResponse, JobResponse, JobSummary, MetricResponse, Page
 from api.schemas import INT64_END, JOB_EXAMPLES, IdempotencyKey, JobRequest, ResumeRequest
-from service import events, jobs, metrics
+from service import database, events, jobs, metrics
 from service.status import TERMINAL
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
@@ -57,7 +57,8 @@ def create(
 
 @router.get("", summary="List jobs", responses=documented(422))
 def list_page(
-    session: SessionDep,
+    context: ContextDep,
+    caller: CallerDep,
     status: Annotated[
         Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"] | None,
         Query(description="Only jobs in this state."),
@@ -68,13 +69,15 @@ def list_page(
     limit: Limit = 20,
 ) -> Page[JobSummary]:
     """Newest first. A plan's `frontier` is left out: it is most of a job's bytes, and `GET /jobs/{id}` has it."""
-    rows, has_more = jobs.page(session, status, after, limit)
+    with database.reading(context.engine, caller.tenant) as session:
+        rows, has_more = jobs.page(session, status, after, limit)
     return Page[JobSummary](data=[JobSummary.of_row(row) for row in rows], has_more=has_more)
 
 
-@router.get("/{job_id}", summary="Get a job", responses=documented(404))
-def get(job_id: str, session: SessionDep) -> JobResponse:
-    return JobResponse.of_row(jobs.get(session, job_id))
+@router.get("/{job_id}", response_model=JobResponse, summary="Get a job", responses=documented(404))
+def get(job_id: str, context: ContextDep, caller: CallerDep) -> Response:
+    job = JobResponse.of_row(jobs.look(context.engine, caller.tenant, job_id))
+    return Response(job.model_dump_json(), media_type="application/json")
 
 
 @router.post("/{job_id}/cancel", summary="Cancel a job", responses=documented(404, 409))
@@ -114,12 +117,14 @@ def resume(
 def list_metrics(
     job_id: str,
     request: Request,
-    session: SessionDep,
+    context: ContextDep,
+    caller: CallerDep,
     after_step: Annotated[int, Query(ge=-1, lt=INT64_END, description="Only later steps.")] = -1,
     limit: Annotated[int, Query(ge=1, le=10_000, description="The most rows to answer.")] = 1_000,
 ) -> Any:
     """One row per optimiser step, by step; as CSV if `Accept` says `text/csv`."""
-    rows, has_more = metrics.page(session, job_id, after_step, limit)
+    with database.reading(context.engine, caller.tenant) as session:
+        rows, has_more = metrics.page(session, job_id, after_step, limit)
     if "text/csv" not in request.headers.get("accept", ""):
         return {"data": rows, "has_more": has_more}
     text = io.StringIO()
@@ -138,8 +143,8 @@ def list_metrics(
 def list_events(
     job_id: str,
     request: Request,
-    session: SessionDep,
     context: ContextDep,
+    caller: CallerDep,
     after: Annotated[int, Query(ge=0, lt=INT64_END, description="Only events with a higher id.")] = 0,
     limit: Annotated[int, Query(ge=1, le=1_000, description="The most events to answer in a list.")] = 100,
     last_event_id: Annotated[
@@ -156,10 +161,11 @@ def list_events(
     As a stream of events if `Accept` says `text/event-stream`: what there is, then what comes, until the job is over.
     The last event is `end` with the job's `status`; who comes back after it is answered 204.
     """
-    if not sse.is_wanted(request.headers.get("accept", "")):
-        rows, has_more = events.page(session, job_id, after, limit)
-        return {"data": rows, "has_more": has_more}
-    status, newest = events.stand(session, job_id)
+    with database.reading(context.engine, caller.tenant) as session:
+        if not sse.is_wanted(request.headers.get("accept", "")):
+            rows, has_more = events.page(session, job_id, after, limit)
+            return {"data": rows, "has_more": has_more}
+        status, newest = events.stand(session, job_id)
     number, dot, _ = (last_event_id or str(after)).partition(".")
     if dot and status in TERMINAL:
         return Response(status_code=204)
