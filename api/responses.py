@@ -163,7 +163,7 @@ class ModelResponse(_Response):
         description="Whose names the tensors have: ours, or those of transformers."
     )
     tokenizer: str | None = Field(description="`own`: a tokenizer.json comes with it; `bytes`: it reads bytes.")
-    bytes: int | None = Field(None, description="Of an upload's files.")
+    bytes: int | None = Field(None, description="Of an upload's files; of a converted .gguf, of what it became.")
     files: list[FileRecord] | None = Field(None, description="Of an upload, as they came.")
     job: str | None = Field(None, description="The job whose output it is.")
     step: int | None = None

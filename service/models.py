@@ -167,7 +167,7 @@ class Model(Owned, Prepared, Base):
     files: Mapped[list[dict[str, Any]] | None]
     """Of an upload, as they came: [{name, bytes, sha256}]."""
     bytes: Mapped[int | None]
-    """Of these."""
+    """Of these; of a .gguf, once it is converted, of what it became."""
     tokenizer_key: Mapped[str | None] = mapped_column(Id)
     """Of the tokenizer that comes with it (Tokenization.key); None for bytes."""
     tokenizer_path: Mapped[str | None]

@@ -16,6 +16,7 @@ from service import webhook_urls
 LogFormat = Literal["text", "json"]
 
 
+@functools.lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
     """Whether a name or address (an IPv6 one with or without its brackets) means this machine and nothing else."""
     name = host.removeprefix("[").removesuffix("]").rstrip(".").lower()

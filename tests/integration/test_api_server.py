@@ -123,7 +123,7 @@ def test_a_large_upload_takes_no_memory(server: Server, storage: Storage) -> Non
 
 
 def test_an_upload_over_the_limit_is_cut_off_while_it_streams(server: Server, storage: Storage) -> None:
-    head = f"POST /datasets HTTP/1.1\r\nHost: x\r\nContent-Type: {TYPE}\r\nContent-Length: {2**40}\r\n\r\n"
+    head = f"POST /datasets HTTP/1.1\r\nHost: localhost\r\nContent-Type: {TYPE}\r\nContent-Length: {2**40}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
         connection.sendall(head.encode() + HEAD)
         sent = 0
@@ -144,7 +144,7 @@ def test_an_upload_just_over_the_limit_is_told_so(server: Server, storage: Stora
 
 def test_a_client_that_goes_away_leaves_nothing(server: Server, storage: Storage) -> None:
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        head = f"POST /datasets HTTP/1.1\r\nHost: x\r\nContent-Type: {TYPE}\r\nContent-Length: 999999999\r\n\r\n"
+        head = f"POST /datasets HTTP/1.1\r\nHost: [::1]\r\nContent-Type: {TYPE}\r\nContent-Length: 999999999\r\n\r\n"
         connection.sendall(head.encode() + HEAD + LINES * 10)
         _eventually(lambda: len(files_below(storage)) == 1)
     _eventually(lambda: files_below(storage) == [])
@@ -153,7 +153,7 @@ def test_a_client_that_goes_away_leaves_nothing(server: Server, storage: Storage
 
 def test_a_fault_is_answered_and_the_server_lives_on(server: Server) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
-        connection.sendall(b"POST /jobs HTTP/1.1\r\nHost: x\r\nContent-Length: 5000000\r\n\r\n" + b"x" * 100)
+        connection.sendall(b"POST /jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000000\r\n\r\n" + b"x" * 100)
         assert connection.recv(100).startswith(b"HTTP/1.1 413")
     answer = httpx2.get(f"{server.url}/healthz")
     assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
