@@ -20,12 +20,13 @@ from sqlalchemy import Engine
 from starlette.testclient import TestClient
 
 from api.app import OPEN_PATHS, create_app
-from service import keys, runs
+from service import keys, runs, webhooks
 from service.database import transaction
 from service.ids import Prefix, new_id
 from service.models import Base, Tokenizer
 from service.settings import Settings
 from service.storage import Storage
+from service.webhook_urls import Allowed
 from tests.integration.seed import add_checkpoint, add_dataset, add_job, claim, metric
 
 Headers = dict[str, dict[str, str]]
@@ -38,6 +39,7 @@ PARAMETERS: dict[str, str] = {
     "job_id": "job",
     "model_id": "model",
     "tokenizer_id": "tok",
+    "webhook_id": "wh",
 }
 """Parameters of paths that are ids, with the kind of thing that they name."""
 FIXED = {"step": "latest", "name": "model.safetensors"}
@@ -63,7 +65,7 @@ BODIES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     ],
 }
 """Requests that name a thing in their body: its kind, and the body."""
-NAMES_NOTHING = {"post /models"}
+NAMES_NOTHING = {"post /models", "post /webhooks"}
 PATH_BODIES: dict[str, Any] = {
     "post /jobs/{job_id}/generate": {"prompt": "x"},
     "post /datasets/{dataset_id}/tokenizations": {"tokenizer": "bytes"},
@@ -103,12 +105,15 @@ def theirs(bind: Engine, storage: Storage) -> Things:
         tokenizer = Tokenizer(id=new_id("tok"), tenant=THEIRS, name="t", source="upload", status="ready", path="t")
         tokenizer.key, tokenizer.vocab_size = "k", 300
         session.add(tokenizer)
-    return Things({"ds": dataset, "job": claimed.id, "model": model, "tok": tokenizer.id})
+    with transaction(bind, THEIRS) as session:
+        address = "https://hooks.example.com/"
+        webhook = webhooks.create(session, Allowed.parse(address), url=address)
+    return Things({"ds": dataset, "job": claimed.id, "model": model, "tok": tokenizer.id, "wh": webhook.id})
 
 
 @pytest.fixture
 def nobodys() -> Things:
-    kinds: tuple[Prefix, ...] = ("ds", "job", "model", "tok")
+    kinds: tuple[Prefix, ...] = ("ds", "job", "model", "tok", "wh")
     return Things({kind: new_id(kind) for kind in kinds})
 
 
