@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import Scope
 
 from api.problems import field_errors, problem_response
@@ -17,6 +18,8 @@ from service.errors import ServiceError
 from slim_core.planning import MemoryCapInfeasibleError
 
 logger = logging.getLogger(__name__)
+
+METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE")
 
 UNION_TAG = "~"
 """First character of the tags of unions in schemas.py: no part of a field's name."""
@@ -43,8 +46,28 @@ class UploadStalledError(ServiceError):
         super().__init__(f"No data arrived for {seconds:g} seconds.")
 
 
+class HeadTooLargeError(ServiceError):
+    """Path, query and headers are larger than any of ours need to be."""
+
+    status = 431
+    code = "head_too_large"
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(f"Path, query and headers are larger than {limit_bytes} bytes.", max_head_bytes=limit_bytes)
+
+
+class BodyStalledError(ServiceError):
+    """A JSON body took too long to arrive."""
+
+    status = 408
+    code = "body_stalled"
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"The body was not there after {seconds:g} seconds.")
+
+
 class BodyTooLargeError(ServiceError):
-    """A JSON body over the limit of a route that streams, and so has none of the middleware's."""
+    """A JSON body over the limit."""
 
     status = 413
     code = "body_too_large"
@@ -73,8 +96,9 @@ def service_problem(scope: Scope, error: ServiceError) -> Response:
     if error.status >= 500:
         logger.error("%s: %s", error.code, error.message)
     param = getattr(error, "param", error.fields.get("field"))
-    seconds = error.retry_after_seconds
-    headers = None if seconds is None else {"Retry-After": str(seconds)}
+    headers = {} if error.retry_after_seconds is None else {"Retry-After": str(error.retry_after_seconds)}
+    if error.status == 408:
+        headers["Connection"] = "close"  # what is still to come is not waited for (RFC 9110, 15.5.9)
     return problem_response(
         scope, error.status, error.code, error.message, fields=error.fields, param=param, headers=headers
     )
@@ -106,7 +130,18 @@ def _http_exception(request: Request, error: Exception) -> Response:
         404: ("not_found", "There is nothing at this path."),
         405: ("method_not_allowed", "This path does not answer to this method."),
     }.get(error.status_code, ("http_error", "The request could not be handled."))
-    return problem_response(request.scope, error.status_code, code, detail, headers=error.headers)
+    headers = {"Allow": ", ".join(_allowed(request))} if error.status_code == 405 else error.headers
+    return problem_response(request.scope, error.status_code, code, detail, headers=headers)
+
+
+def _allowed(request: Request) -> list[str]:
+    """The methods that this path answers to. Starlette names those of one route, and a path has a route for each."""
+    routes = request.app.routes
+    return [
+        method
+        for method in METHODS
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in routes)
+    ]
 
 
 def _database_unavailable(request: Request, error: Exception) -> Response:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+from anyio import fail_after
 from fastapi import APIRouter, BackgroundTasks, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from pydantic_core import from_json
 from starlette.concurrency import run_in_threadpool
 
+from api import middleware
 from api.dependencies import Context, ContextDep, Limit, SessionDep
-from api.errors import BodyTooLargeError
+from api.errors import BodyStalledError, BodyTooLargeError
 from api.problems import documented
 from api.responses import Page, TokenizerResponse
 from api.schemas import TrainTokenizerRequest
@@ -116,13 +118,17 @@ def _train(context: Context, wanted: TrainTokenizerRequest) -> TokenizerResponse
 async def _read(request: Request) -> TrainTokenizerRequest:
     """The JSON body, as FastAPI would have read it: the route also takes forms, of which it must not read any.
 
-    Raises BodyTooLargeError, RequestValidationError.
+    Raises BodyTooLargeError, BodyStalledError, RequestValidationError.
     """
     body = bytearray()
-    async for portion in request.stream():
-        body += portion
-        if len(body) > MAX_TRAIN_BYTES:
-            raise BodyTooLargeError(MAX_TRAIN_BYTES)
+    try:
+        with fail_after(middleware.BODY_SECONDS):
+            async for portion in request.stream():
+                body += portion
+                if len(body) > MAX_TRAIN_BYTES:
+                    raise BodyTooLargeError(MAX_TRAIN_BYTES)
+    except TimeoutError as error:
+        raise BodyStalledError(middleware.BODY_SECONDS) from error
     try:
         value = from_json(bytes(body), allow_inf_nan=False)
     except ValueError as error:
