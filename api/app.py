@@ -6,17 +6,15 @@ import gc
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 from anyio import CapacityLimiter
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 from starlette.concurrency import run_in_threadpool
 
 from api import errors
 from api.dependencies import Context
 from api.middleware import BodyLimit, RequestContext
-from api.problems import Problem
+from api.openapi import document
 from api.routes import checkpoints, datasets, devices, generate, health, jobs, models, plans, tokenizers
 from api.sampler import Slots
 from service import database, logs, queue
@@ -59,7 +57,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(RequestContext)
     for resource in (datasets, tokenizers, models, plans, jobs, checkpoints, generate, devices, health):
         app.include_router(resource.router)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way
+    app.openapi = lambda: document(app)  # type: ignore[method-assign]  # FastAPI's documented way
     if own_process:
         # What exists by now stays, hundreds of thousands of objects: to look through them for garbage, every few
         # seconds under load, stops all requests for a tenth of a second.
@@ -77,20 +75,3 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
     context.engine.dispose()
     context.producer.close()
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's document with our problem details where it assumes its own error format."""
-    if app.openapi_schema is None:
-        document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        schemas = document["components"]["schemas"]
-        for name in ("HTTPValidationError", "ValidationError"):
-            schemas.pop(name, None)
-        for operation in [operation for path in document["paths"].values() for operation in path.values()]:
-            if "HTTPValidationError" in str(operation["responses"].get("422")):
-                del operation["responses"]["422"]  # a path of free text: what fits nothing is a 404
-        problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
-        schemas.update(problem.pop("$defs"))
-        schemas["Problem"] = problem
-        app.openapi_schema = document
-    return app.openapi_schema

@@ -91,9 +91,9 @@ def _service_error(request: Request, error: Exception) -> Response:
     return service_problem(request.scope, error)
 
 
-def service_problem(scope: Scope, error: ServiceError) -> Response:
+def service_problem(scope: Scope, error: ServiceError, *, log: bool = True) -> Response:
     """The answer to a request that failed with `error`; of a 5xx the log hears as well."""
-    if error.status >= 500:
+    if log and error.status >= 500:
         logger.error("%s: %s", error.code, error.message)
     param = getattr(error, "param", error.fields.get("field"))
     headers = {} if error.retry_after_seconds is None else {"Retry-After": str(error.retry_after_seconds)}

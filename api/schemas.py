@@ -19,9 +19,10 @@ from pydantic import (
     field_validator,
 )
 
-from api.units import parse_bytes
+from api.units import SIZE_PATTERN, parse_bytes
 
-INT64_END = 2**63
+INT64_END = 2**63 - 1_023
+"""What integers are below: the largest is one that readers of JSON with 64-bit floats have as it is."""
 VISIBLE_ASCII = r"[!-~]{1,255}"
 
 
@@ -33,7 +34,8 @@ def _storable(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_storable)]
+NO_NUL = r"^[^\x00]*$"
+Text = Annotated[str, AfterValidator(_storable), Field(json_schema_extra={"pattern": NO_NUL})]
 Reference = Annotated[Text, Field(min_length=1, max_length=100)]
 MemoryCap = Annotated[
     int,
@@ -43,7 +45,7 @@ MemoryCap = Annotated[
         {
             "anyOf": [
                 {"type": "integer", "minimum": 1, "maximum": INT64_END - 1},
-                {"type": "string", "pattern": r"^\d+(\.\d+)? ?([kKmMgGtT]i?[bB]|[bB])?$"},
+                {"type": "string", "pattern": SIZE_PATTERN},
             ]
         }
     ),
@@ -268,7 +270,10 @@ class PlanRequest(_Request):
     chunking: ChunkingChoice = Field("auto", description="`auto`, or your own chunk length.")
     seed: int = Field(0, ge=0, lt=INT64_END, description="Of the initial weights and the order of the data.")
     metadata: dict[Annotated[Text, Field(min_length=1, max_length=64)], Annotated[Text, Field(max_length=512)]] = Field(
-        default_factory=dict, max_length=16, description="Up to 16 pairs of your own; we only keep them."
+        default_factory=dict,
+        max_length=16,
+        description="Up to 16 pairs of your own; we only keep them.",
+        json_schema_extra={"additionalProperties": False},
     )
 
 
@@ -307,6 +312,11 @@ class TrainTokenizerRequest(_Request):
 TOKENIZATION_EXAMPLES: dict[str, Any] = {
     "uploaded": {"value": {"tokenizer": "tok_01936f0e4b7a7c3f8d21c5a0b9e4f617"}},
     "of a model": {"value": {"tokenizer": "model_01936f0e5c1d7e11a4b3f0c2d8e96a05"}},
+}
+
+RESUME_EXAMPLES: dict[str, Any] = {
+    "as before": {"value": {}},
+    "under another cap": {"value": {"memory_cap": "2GiB"}},
 }
 
 JOB_EXAMPLES: dict[str, Any] = {

@@ -14,7 +14,7 @@ from api import workload
 from api.dependencies import ContextDep, Limit, RequestId, SessionDep
 from api.problems import documented
 from api.responses import EventResponse, JobResponse, JobSummary, MetricResponse, Page
-from api.schemas import INT64_END, JOB_EXAMPLES, IdempotencyKey, JobRequest, ResumeRequest
+from api.schemas import INT64_END, JOB_EXAMPLES, RESUME_EXAMPLES, IdempotencyKey, JobRequest, ResumeRequest
 from service import events, idempotency, jobs, metrics, queue
 from service import models as rows
 from service.status import Action
@@ -41,7 +41,24 @@ CREATED: dict[int | str, dict[str, Any]] = {
     status_code=202,
     response_model=JobResponse,
     summary="Create a job",
-    responses=documented(400, 404, 409, 413, 422) | CREATED,
+    responses=documented(
+        400,
+        "404 dataset_not_found",
+        "404 model_not_found",
+        "404 tokenizer_not_found",
+        "409 dataset_not_tokenized",
+        "409 tokenizer_not_ready",
+        "409 model_not_ready",
+        "409 idempotency_key_in_flight",
+        "422 invalid_request",
+        "422 memory_cap_infeasible",
+        "422 memory_cap_exceeds_device",
+        "422 dataset_too_small",
+        "422 dataset_unusable",
+        "422 tokenizer_failed",
+        "422 idempotency_key_reused",
+    )
+    | CREATED,
 )
 def create(
     request: Annotated[JobRequest, Body(openapi_examples=JOB_EXAMPLES)],
@@ -101,30 +118,36 @@ def list_page(
     return Page[JobSummary](data=[JobSummary.of_row(row) for row in rows], has_more=has_more)
 
 
-@router.get("/{job_id}", summary="Get a job", responses=documented(404))
+@router.get("/{job_id}", summary="Get a job", responses=documented("404 job_not_found"))
 def get(job_id: str, session: SessionDep) -> JobResponse:
     return JobResponse.of_row(jobs.get(session, job_id))
 
 
-@router.post("/{job_id}/cancel", summary="Cancel a job", responses=documented(404, 409))
+@router.post("/{job_id}/cancel", summary="Cancel a job", responses=documented("404 job_not_found", 409))
 def cancel(job_id: str, session: SessionDep) -> JobResponse:
     """At once if it waits; a running job stops within seconds. Asking twice is fine."""
     return _request(session, job_id, "cancel")
 
 
-@router.post("/{job_id}/pause", summary="Pause a job", responses=documented(404, 409))
+@router.post("/{job_id}/pause", summary="Pause a job", responses=documented("404 job_not_found", 409))
 def pause(job_id: str, session: SessionDep) -> JobResponse:
     """A running job writes a checkpoint first and goes on from it when resumed."""
     return _request(session, job_id, "pause")
 
 
-@router.post("/{job_id}/resume", summary="Resume a paused job", responses=documented(400, 404, 409, 422))
+@router.post(
+    "/{job_id}/resume",
+    summary="Resume a paused job",
+    responses=documented(
+        400, "404 job_not_found", 409, 422, "422 memory_cap_infeasible", "422 memory_cap_exceeds_device"
+    ),
+)
 def resume(
     job_id: str,
     session: SessionDep,
     context: ContextDep,
     background: BackgroundTasks,
-    request: ResumeRequest | None = None,
+    request: Annotated[ResumeRequest | None, Body(openapi_examples=RESUME_EXAMPLES)] = None,
 ) -> JobResponse:
     """Queue a paused job again, or take back a pause that has not happened yet.
 
@@ -156,7 +179,7 @@ def _request(
     "/{job_id}/metrics",
     response_model=Page[MetricResponse],
     summary="Get the loss curve",
-    responses={**documented(404, 422), 200: {"content": {"text/csv": {"schema": {"type": "string"}}}}},
+    responses={**documented("404 job_not_found", 422), 200: {"content": {"text/csv": {"schema": {"type": "string"}}}}},
 )
 def list_metrics(
     job_id: str,
@@ -177,7 +200,10 @@ def list_metrics(
 
 
 @router.get(
-    "/{job_id}/events", response_model=Page[EventResponse], summary="List events", responses=documented(404, 422)
+    "/{job_id}/events",
+    response_model=Page[EventResponse],
+    summary="List events",
+    responses=documented("404 job_not_found", 422),
 )
 def list_events(
     job_id: str,

@@ -60,7 +60,16 @@ BODY["requestBody"]["content"]["application/json"] = {
     status_code=201,
     response_model=TokenizerResponse,
     summary="Upload or train a tokenizer",
-    responses=documented(404, 408, 413, 422, 507),
+    responses=documented(
+        "404 dataset_not_found",
+        "408 upload_stalled",
+        "408 body_stalled",
+        "413 upload_too_large",
+        "413 body_too_large",
+        "422 invalid_request",
+        "422 tokenizer_invalid",
+        507,
+    ),
     openapi_extra=BODY,
 )
 async def create(request: Request, response: Response, context: ContextDep) -> TokenizerResponse:
@@ -95,12 +104,17 @@ def list_page(
     return Page[TokenizerResponse](data=[TokenizerResponse.of_row(row) for row in rows], has_more=has_more)
 
 
-@router.get("/{tokenizer_id}", summary="Get a tokenizer", responses=documented(404))
+@router.get("/{tokenizer_id}", summary="Get a tokenizer", responses=documented("404 tokenizer_not_found"))
 def get(tokenizer_id: str, session: SessionDep) -> TokenizerResponse:
     return TokenizerResponse.of_row(tokenizers.get(session, tokenizer_id))
 
 
-@router.delete("/{tokenizer_id}", status_code=204, summary="Delete a tokenizer", responses=documented(404, 409))
+@router.delete(
+    "/{tokenizer_id}",
+    status_code=204,
+    summary="Delete a tokenizer",
+    responses=documented("404 tokenizer_not_found", "409 tokenizer_in_use"),
+)
 def delete(tokenizer_id: str, session: SessionDep, context: ContextDep, background: BackgroundTasks) -> None:
     """Refused while a job that is not finished, or a dataset that is being prepared, needs it."""
     folder = tokenizers.delete(session, tokenizer_id)
