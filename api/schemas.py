@@ -21,8 +21,8 @@ from pydantic import (
 
 from api.units import SIZE_PATTERN, parse_bytes
 
-INT64_END = 2**63 - 1_023
-"""What integers are below: the largest is one that readers of JSON with 64-bit floats have as it is."""
+INTEGER_END = 2**53
+"""Integers are below it, so that every reader of JSON has them as they are (RFC 7493, 2.2)."""
 VISIBLE_ASCII = r"[!-~]{1,255}"
 
 
@@ -40,11 +40,11 @@ Reference = Annotated[Text, Field(min_length=1, max_length=100)]
 MemoryCap = Annotated[
     int,
     BeforeValidator(parse_bytes),
-    Field(ge=1, lt=INT64_END),
+    Field(ge=1, lt=INTEGER_END),
     WithJsonSchema(
         {
             "anyOf": [
-                {"type": "integer", "minimum": 1, "maximum": INT64_END - 1},
+                {"type": "integer", "minimum": 1, "maximum": INTEGER_END - 1},
                 {"type": "string", "pattern": SIZE_PATTERN},
             ]
         }
@@ -268,7 +268,7 @@ class PlanRequest(_Request):
     keep: int = Field(2, ge=2, le=1_000, description="Newest checkpoints to keep. The best one is kept as well.")
     early_stopping: EarlyStoppingFields | None = None
     chunking: ChunkingChoice = Field("auto", description="`auto`, or your own chunk length.")
-    seed: int = Field(0, ge=0, lt=INT64_END, description="Of the initial weights and the order of the data.")
+    seed: int = Field(0, ge=0, lt=INTEGER_END, description="Of the initial weights and the order of the data.")
     metadata: dict[Annotated[Text, Field(min_length=1, max_length=64)], Annotated[Text, Field(max_length=512)]] = Field(
         default_factory=dict,
         max_length=16,

@@ -32,7 +32,8 @@ logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 def form_body(file: dict[str, Any], **texts: dict[str, Any]) -> dict[str, Any]:
     """What OpenAPI says of a multipart form with these fields, of which `file` must be there."""
-    schema = {"type": "object", "required": ["file"], "properties": {"file": file, **texts}}
+    properties = {"file": file, **texts}
+    schema = {"type": "object", "required": ["file"], "properties": properties, "additionalProperties": False}
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 

@@ -14,7 +14,7 @@ from api import workload
 from api.dependencies import ContextDep, Limit, RequestId, SessionDep
 from api.problems import documented
 from api.responses import EventResponse, JobResponse, JobSummary, MetricResponse, Page
-from api.schemas import INT64_END, JOB_EXAMPLES, RESUME_EXAMPLES, IdempotencyKey, JobRequest, ResumeRequest
+from api.schemas import INTEGER_END, JOB_EXAMPLES, RESUME_EXAMPLES, IdempotencyKey, JobRequest, ResumeRequest
 from service import events, idempotency, jobs, metrics, queue
 from service import models as rows
 from service.status import Action
@@ -185,7 +185,7 @@ def list_metrics(
     job_id: str,
     request: Request,
     session: SessionDep,
-    after_step: Annotated[int, Query(ge=-1, lt=INT64_END, description="Only later steps.")] = -1,
+    after_step: Annotated[int, Query(ge=-1, lt=INTEGER_END, description="Only later steps.")] = -1,
     limit: Annotated[int, Query(ge=1, le=10_000, description="The most rows to answer.")] = 1_000,
 ) -> Any:
     """One row per optimiser step, by step; as CSV if `Accept` says `text/csv`."""
@@ -208,7 +208,7 @@ def list_metrics(
 def list_events(
     job_id: str,
     session: SessionDep,
-    after: Annotated[int, Query(ge=0, lt=INT64_END, description="Only events with a higher id.")] = 0,
+    after: Annotated[int, Query(ge=0, lt=INTEGER_END, description="Only events with a higher id.")] = 0,
     limit: Annotated[int, Query(ge=1, le=1_000, description="The most events to answer.")] = 100,
 ) -> dict[str, Any]:
     """What happened to the job, oldest first."""

@@ -23,6 +23,7 @@ router = APIRouter(prefix="/models", tags=["models"])
 UPLOAD_BODY = form_body(
     {
         "type": "array",
+        "minItems": 1,
         "items": {"type": "string", "format": "binary"},
         "description": f"Repeated, once for each file: {', '.join(ACCEPTED)}.",
     },

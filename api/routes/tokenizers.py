@@ -36,6 +36,7 @@ def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
 BODY = form_body(
     {
         "type": "array",
+        "minItems": 1,
         "items": {"type": "string", "format": "binary"},
         "description": "tokenizer.json, beside it tokenizer_config.json, chat_template.jinja.",
     },
