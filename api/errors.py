@@ -56,6 +56,16 @@ class HeadTooLargeError(ServiceError):
         super().__init__(f"Path, query and headers are larger than {limit_bytes} bytes.", max_head_bytes=limit_bytes)
 
 
+class BodyEncodingError(ServiceError):
+    """JSON between systems is UTF-8 (RFC 8259, 8.1); Python's reader would take UTF-16 and UTF-32 as well."""
+
+    status = 400
+    code = "malformed_body"
+
+    def __init__(self) -> None:
+        super().__init__("The body is not JSON that can be read: it must be UTF-8.")
+
+
 class BodyStalledError(ServiceError):
     """A JSON body took too long to arrive."""
 

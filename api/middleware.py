@@ -11,7 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.errors import BodyStalledError, BodyTooLargeError, HeadTooLargeError, service_problem
+from api.errors import BodyEncodingError, BodyStalledError, BodyTooLargeError, HeadTooLargeError, service_problem
 from api.problems import problem_response, shown
 from service import logs
 from service.errors import ServiceError
@@ -124,7 +124,7 @@ class BodyLimit:
         await self._app(scope, replay, send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
-        """The body. Raises BodyTooLargeError, BodyStalledError, ClientDisconnect."""
+        """The body. Raises BodyTooLargeError, BodyStalledError, BodyEncodingError, ClientDisconnect."""
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isascii() and announced.isdigit() and int(announced[:19]) > self._max_bytes:
             raise BodyTooLargeError(self._max_bytes)
@@ -139,6 +139,9 @@ class BodyLimit:
                     if len(body) > self._max_bytes:
                         raise BodyTooLargeError(self._max_bytes)
                     if not message.get("more_body", False):
-                        return bytes(body)
+                        break
         except TimeoutError as error:
             raise BodyStalledError(BODY_SECONDS) from error
+        if b"\0" in body[:4]:  # as the first letters of JSON in UTF-16 and UTF-32 have, and no JSON in UTF-8
+            raise BodyEncodingError
+        return bytes(body)

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from api.errors import (
+    BodyEncodingError,
     BodyStalledError,
     BodyTooLargeError,
     HeadTooLargeError,
@@ -32,6 +33,7 @@ ERRORS: tuple[ServiceError, ...] = (
         ("file", "model.safetensors"),
     )),
     HeadTooLargeError(65_536),
+    BodyEncodingError(),
     BodyStalledError(60),
     BodyTooLargeError(1_000_000),
     UploadStalledError(60),
@@ -72,7 +74,6 @@ ERRORS: tuple[ServiceError, ...] = (
 """One of each class that a client may meet; of some classes one for each code."""
 
 OTHERS: tuple[tuple[int, str, str, dict[str, Any], str | None], ...] = (
-    (400, "malformed_body", "The body is not JSON that can be read.", {}, None),
     (400, "range_malformed", "The Range header cannot be read.", {}, None),
     (404, "not_found", "There is nothing at this path.", {}, None),
     (405, "method_not_allowed", "This path does not answer to this method.", {}, None),

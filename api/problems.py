@@ -57,6 +57,7 @@ def problem_response(
 ) -> Response:
     """The answer to a request that failed; `fields` are its further members."""
     kind = "invalid_request_error" if status < 500 else "server_error"
+    param = None if param is None else shown(param)  # the name of a field may be the client's own
     body = {
         **(fields or {}),
         "type": f"urn:slimtune:problem:{code}",

@@ -74,6 +74,20 @@ def test_a_hostile_body_is_a_short_4xx(shared_client: TestClient, name: str) -> 
             assert len(error["message"]) <= 200
 
 
+def test_json_is_utf_8(shared_client: TestClient) -> None:
+    body = json.dumps({"model": "performer-tiny", "memory_cap": "4GiB", "sequence_length": 64, "steps": 1})
+    assert shared_client.post("/plans", content=body.encode(), headers=JSON).status_code == 200
+    for codec in ("utf-16", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"):
+        answer = shared_client.post("/plans", content=body.encode(codec), headers=JSON)
+        assert (answer.status_code, check_problem(answer)["code"]) == (400, "malformed_body")
+
+
+def test_the_name_of_an_unknown_field_is_not_repeated_whole(shared_client: TestClient) -> None:
+    body = {"model": "performer-tiny", "memory_cap": "4GiB", "sequence_length": 64, "steps": 1, "k" * 100_000: 1}
+    problem = check_problem(shared_client.post("/plans", json=body))
+    assert len(problem["error"]["param"]) <= 200
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
