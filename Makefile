@@ -7,7 +7,7 @@ INSTALLED_EXTRA := .venv/.installed-extra
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
 TORCH := $(shell grep '^torch==' requirements.lock)
 
-.PHONY: help demo demo-smollm2 up test test-extra lint tradeoff bench plan-accuracy packing plan-latency caps load chaos paper recovery format clean
+.PHONY: help demo demo-smollm2 up test test-extra lint fuzz audit tradeoff bench plan-accuracy packing plan-latency caps load chaos paper recovery format clean
 
 help:
 	@echo "make demo        one real training job through the REST API, from upload to a sample; about 3 minutes"
@@ -15,6 +15,8 @@ help:
 	@echo "make up          keep the service running on http://127.0.0.1:8000"
 	@echo "make test        checks and tests, against real PostgreSQL and Redis"
 	@echo "make test-extra  tests beside transformers, peft and SmolLM2, and those that need docker compose; installs 110 MB more"
+	@echo "make fuzz        10,000 hostile requests, then schemathesis for FUZZ_SECONDS=600 (docs/fuzzing.md); FUZZ_SEED=... repeats a run"
+	@echo "make audit       ask whether a version in requirements.lock is known to be vulnerable"
 	@echo "make lint        only the checks: ruff, mypy, import-linter"
 	@echo "make tradeoff    measure memory and time against the number of chunks, and draw it (docs/figures)"
 	@echo "make bench       measure speed and memory beside other implementations (docs/benchmarks.md); over an hour"
@@ -72,6 +74,14 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+FUZZ_SECONDS ?= 600
+
+fuzz: $(INSTALLED)
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(if $(FUZZ_SEED),--seed $(FUZZ_SEED))
+
+audit: $(INSTALLED_EXTRA)
+	$(BIN)/python -m tests.audit
 
 tradeoff: $(INSTALLED)
 	$(BIN)/python -m benchmarks.tradeoff

@@ -19,9 +19,10 @@ from pydantic import (
     field_validator,
 )
 
-from api.units import parse_bytes
+from api.units import SIZE_PATTERN, parse_bytes
 
-INT64_END = 2**63
+INTEGER_END = 2**53
+"""Integers are below it, so that every reader of JSON has them as they are (RFC 7493, 2.2)."""
 VISIBLE_ASCII = r"[!-~]{1,255}"
 
 
@@ -33,17 +34,18 @@ def _storable(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_storable)]
+NO_NUL = r"^[^\x00]*$"
+Text = Annotated[str, AfterValidator(_storable), Field(json_schema_extra={"pattern": NO_NUL})]
 Reference = Annotated[Text, Field(min_length=1, max_length=100)]
 MemoryCap = Annotated[
     int,
     BeforeValidator(parse_bytes),
-    Field(ge=1, lt=INT64_END),
+    Field(ge=1, lt=INTEGER_END),
     WithJsonSchema(
         {
             "anyOf": [
-                {"type": "integer", "minimum": 1, "maximum": INT64_END - 1},
-                {"type": "string", "pattern": r"^\d+(\.\d+)? ?([kKmMgGtT]i?[bB]|[bB])?$"},
+                {"type": "integer", "minimum": 1, "maximum": INTEGER_END - 1},
+                {"type": "string", "pattern": SIZE_PATTERN},
             ]
         }
     ),
@@ -55,7 +57,7 @@ MAX_SEQUENCE_LENGTH = 16_777_216
 BatchSize = Annotated[int, Field(ge=1, le=65_536)]
 Steps = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Epochs = Annotated[int, Field(ge=1, le=1_000_000)]
-Seed = Annotated[int, Field(ge=0, lt=INT64_END)]
+Seed = Annotated[int, Field(ge=0, lt=INTEGER_END)]
 Metadata = dict[Annotated[Text, Field(min_length=1, max_length=64)], Annotated[Text, Field(max_length=512)]]
 
 
@@ -283,7 +285,10 @@ class PlanRequest(TrainingOptions):
     method: MethodChoice = Field(default_factory=FullFields)
     seed: Seed = Field(0, description="Of the initial weights and the order of the data.")
     metadata: Metadata = Field(
-        default_factory=dict, max_length=16, description="Up to 16 pairs of your own; we only keep them."
+        default_factory=dict,
+        max_length=16,
+        description="Up to 16 pairs of your own; we only keep them.",
+        json_schema_extra={"additionalProperties": False},
     )
 
 
@@ -322,6 +327,11 @@ class TrainTokenizerRequest(StrictRequest):
 TOKENIZATION_EXAMPLES: dict[str, Any] = {
     "uploaded": {"value": {"tokenizer": "tok_01936f0e4b7a7c3f8d21c5a0b9e4f617"}},
     "of a model": {"value": {"tokenizer": "model_01936f0e5c1d7e11a4b3f0c2d8e96a05"}},
+}
+
+RESUME_EXAMPLES: dict[str, Any] = {
+    "as before": {"value": {}},
+    "under another cap": {"value": {"memory_cap": "2GiB"}},
 }
 
 JOB_EXAMPLES: dict[str, Any] = {

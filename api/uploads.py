@@ -34,7 +34,12 @@ def form_body(
     file: dict[str, Any], *, field: str = "file", required: Sequence[str] = (), **texts: dict[str, Any]
 ) -> dict[str, Any]:
     """What OpenAPI says of a multipart form with these fields, of which `field` must be there, and `required`."""
-    schema = {"type": "object", "required": [field, *required], "properties": {field: file, **texts}}
+    schema = {
+        "type": "object",
+        "required": [field, *required],
+        "properties": {field: file, **texts},
+        "additionalProperties": False,
+    }
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 

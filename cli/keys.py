@@ -97,7 +97,7 @@ def _ask(home: Path, database_url: str | None, *arguments: str) -> Any:
     url = database_url or running_database_url(home.resolve() / "servers")
     if url is None:
         raise _exit(f"no database runs in {home}: start `slimtune up`, give --home, or set DATABASE_URL")
-    done = subprocess.run(
+    done = subprocess.run(  # noqa: S603  # our own program, its arguments one by one
         [sys.executable, "-m", "service.keys_program", *arguments],
         cwd=ROOT,
         env={**os.environ, "DATABASE_URL": url},

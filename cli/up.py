@@ -158,7 +158,7 @@ class Stack:
 
     def _programs(self) -> Iterator[tuple[str, list[str], float]]:
         """Name, module with arguments, and how many seconds it may take to stop."""
-        where = ["--host", self._options.host, "--port", str(self.port)]
+        where = ["--http", "api.protocol:LimitedHttp", "--host", self._options.host, "--port", str(self.port)]
         yield "api", ["uvicorn", "api.app:create_app", "--factory", *where, "--timeout-graceful-shutdown", "5"], 15.0
         quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat", "--loglevel", "INFO"]
         yield (

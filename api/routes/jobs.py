@@ -13,7 +13,7 @@ from api.dependencies import CallerDep, ContextDep, Limit, RequestId, SessionDep
 from api.event_stream import EventStream
 from api.problems import documented
 from api.responses import EventResponse, JobResponse, JobSummary, MetricResponse, Page
-from api.schemas import INT64_END, JOB_EXAMPLES, IdempotencyKey, JobRequest, ResumeRequest
+from api.schemas import INTEGER_END, JOB_EXAMPLES, RESUME_EXAMPLES, IdempotencyKey, JobRequest, ResumeRequest
 from service import database, events, jobs, metrics
 from service.status import TERMINAL
 
@@ -32,7 +32,25 @@ STREAM: dict[int | str, dict[str, Any]] = {
     status_code=202,
     response_model=JobResponse,
     summary="Create a job",
-    responses=documented(400, 404, 409, 413, 422, 429) | {202: {"headers": job_requests.CREATED_HEADERS}},
+    responses=documented(
+        400,
+        "404 dataset_not_found",
+        "404 model_not_found",
+        "404 tokenizer_not_found",
+        "409 dataset_not_tokenized",
+        "409 tokenizer_not_ready",
+        "409 model_not_ready",
+        "409 idempotency_key_in_flight",
+        "422 invalid_request",
+        "422 memory_cap_infeasible",
+        "422 memory_cap_exceeds_device",
+        "422 dataset_too_small",
+        "422 dataset_unusable",
+        "422 tokenizer_failed",
+        "422 idempotency_key_reused",
+        "429 too_many_jobs",
+    )
+    | {202: {"headers": job_requests.CREATED_HEADERS}},
 )
 def create(
     request: Annotated[JobRequest, Body(openapi_examples=JOB_EXAMPLES)],
@@ -74,31 +92,37 @@ def list_page(
     return Page[JobSummary](data=[JobSummary.of_row(row) for row in rows], has_more=has_more)
 
 
-@router.get("/{job_id}", response_model=JobResponse, summary="Get a job", responses=documented(404))
+@router.get("/{job_id}", response_model=JobResponse, summary="Get a job", responses=documented("404 job_not_found"))
 def get(job_id: str, context: ContextDep, caller: CallerDep) -> Response:
     job = JobResponse.of_row(jobs.look(context.engine, caller.tenant, job_id))
     return Response(job.model_dump_json(), media_type="application/json")
 
 
-@router.post("/{job_id}/cancel", summary="Cancel a job", responses=documented(404, 409))
+@router.post("/{job_id}/cancel", summary="Cancel a job", responses=documented("404 job_not_found", 409))
 def cancel(job_id: str, session: SessionDep) -> JobResponse:
     """At once if it waits; a running job stops within seconds. Asking twice is fine."""
     return JobResponse.of_row(jobs.request(session, job_id, "cancel"))
 
 
-@router.post("/{job_id}/pause", summary="Pause a job", responses=documented(404, 409))
+@router.post("/{job_id}/pause", summary="Pause a job", responses=documented("404 job_not_found", 409))
 def pause(job_id: str, session: SessionDep) -> JobResponse:
     """A running job writes a checkpoint first and goes on from it when resumed."""
     return JobResponse.of_row(jobs.request(session, job_id, "pause"))
 
 
-@router.post("/{job_id}/resume", summary="Resume a paused job", responses=documented(400, 404, 409, 422))
+@router.post(
+    "/{job_id}/resume",
+    summary="Resume a paused job",
+    responses=documented(
+        400, "404 job_not_found", 409, 422, "422 memory_cap_infeasible", "422 memory_cap_exceeds_device"
+    ),
+)
 def resume(
     job_id: str,
     session: SessionDep,
     context: ContextDep,
     background: BackgroundTasks,
-    request: ResumeRequest | None = None,
+    request: Annotated[ResumeRequest | None, Body(openapi_examples=RESUME_EXAMPLES)] = None,
 ) -> JobResponse:
     """Queue a paused job again, or take back a pause that has not happened yet.
 
@@ -112,14 +136,14 @@ def resume(
     "/{job_id}/metrics",
     response_model=Page[MetricResponse],
     summary="Get the loss curve",
-    responses={**documented(404, 422), 200: {"content": {"text/csv": {"schema": {"type": "string"}}}}},
+    responses={**documented("404 job_not_found", 422), 200: {"content": {"text/csv": {"schema": {"type": "string"}}}}},
 )
 def list_metrics(
     job_id: str,
     request: Request,
     context: ContextDep,
     caller: CallerDep,
-    after_step: Annotated[int, Query(ge=-1, lt=INT64_END, description="Only later steps.")] = -1,
+    after_step: Annotated[int, Query(ge=-1, lt=INTEGER_END, description="Only later steps.")] = -1,
     limit: Annotated[int, Query(ge=1, le=10_000, description="The most rows to answer.")] = 1_000,
 ) -> Any:
     """One row per optimiser step, by step; as CSV if `Accept` says `text/csv`."""
@@ -138,14 +162,14 @@ def list_metrics(
     "/{job_id}/events",
     response_model=Page[EventResponse],
     summary="List or watch events",
-    responses=documented(404, 422, 429) | STREAM,
+    responses=documented("404 job_not_found", 422, "429 too_many_streams") | STREAM,
 )
 def list_events(
     job_id: str,
     request: Request,
     context: ContextDep,
     caller: CallerDep,
-    after: Annotated[int, Query(ge=0, lt=INT64_END, description="Only events with a higher id.")] = 0,
+    after: Annotated[int, Query(ge=0, lt=INTEGER_END, description="Only events with a higher id.")] = 0,
     limit: Annotated[int, Query(ge=1, le=1_000, description="The most events to answer in a list.")] = 100,
     last_event_id: Annotated[
         str | None,

@@ -19,7 +19,8 @@ import sqlalchemy
 from sqlalchemy import Engine
 from starlette.testclient import TestClient
 
-from api.app import OPEN_PATHS, create_app
+from api.access import OPEN_PATHS
+from api.app import create_app
 from service import keys, runs, webhooks
 from service.database import transaction
 from service.ids import Prefix, new_id
