@@ -55,10 +55,10 @@ def test_a_fine_tune_from_upload_to_weights(home: Path, tmp_path: Path) -> None:
             training_file=training.id,
             validation_file=upload.file.id,
             suffix="topics",
-            metadata={"run": "first"},
+            metadata={"file": training.id},
             extra_body=CAP | {"steps": 6, "sequence_length": 256, "checkpoint_every": 3, "evaluate_every": 3},
         )
-        assert [listed.id for listed in client.fine_tuning.jobs.list(metadata={"run": "first"})] == [job.id]
+        assert [listed.id for listed in client.fine_tuning.jobs.list(metadata={"file": training.id})] == [job.id]
         job = poll(client, job.id, "succeeded")
         look_at_what_it_did(client, job)
         look_at_what_it_left(client, job, tmp_path)
