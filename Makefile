@@ -7,7 +7,7 @@ INSTALLED_EXTRA := .venv/.installed-extra
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
 TORCH := $(shell grep '^torch==' requirements.lock)
 
-.PHONY: help demo demo-smollm2 up test test-extra lint fuzz audit tradeoff bench plan-accuracy packing plan-latency caps load chaos paper recovery format clean
+.PHONY: help demo demo-smollm2 up test test-extra lint fuzz audit tradeoff bench plan-accuracy packing plan-latency caps load api-speed chaos paper recovery format clean
 
 help:
 	@echo "make demo        one real training job through the REST API, from upload to a sample; about 3 minutes"
@@ -25,6 +25,7 @@ help:
 	@echo "make plan-latency   post hundreds of plans to a running API and time the answers (docs/planner.md)"
 	@echo "make caps        run jobs under 20 caps, from too small to plentiful, and plans that are wrong (docs/caps.md)"
 	@echo "make load        200 requests a second on 20,000 jobs while one trains, on two cores (docs/load.md); 4 minutes"
+	@echo "make api-speed   GET and POST of jobs by wrk, downloads beside nginx, on two cores (docs/api-speed.md); 6 minutes"
 	@echo "make chaos       kill, stop and starve everything that runs a job, thousands of times (docs/chaos.md); over an hour"
 	@echo "make paper       reproduce the claims of the SLiM paper (docs/paper.md); over an hour, can be continued"
 	@echo "make recovery    move SmolLM2 into FAVOR+ attention and see how much of its loss comes back (docs/recovery.md)"
@@ -104,6 +105,9 @@ caps: $(INSTALLED)
 
 load: $(INSTALLED)
 	$(BIN)/python -m benchmarks.load
+
+api-speed: $(INSTALLED)
+	$(BIN)/python -m benchmarks.api_speed
 
 chaos: $(INSTALLED)
 	$(BIN)/python -m tests.chaos
