@@ -36,26 +36,21 @@ class Audit:
         lines = [f"VULNERABLE {line}" for line in self.vulnerable]
         if self.unknown:
             few = ", ".join(self.unknown[:5]) + (", ..." if len(self.unknown) > 5 else "")
-            lines.append(f"not audited, their data could not be reached: {len(self.unknown)} packages ({few})")
+            lines.append(f"NOT AUDITED, as their data could not be reached: {len(self.unknown)} ({few})")
         lines.append(f"audited: {len(self.audited)} packages, {len(self.vulnerable)} vulnerabilities known")
         return "\n".join(lines)
 
 
 def audit(lock: Path = LOCK) -> Audit:
-    """By the first service that knows any of the packages."""
-    found = Audit((), (), ())
+    """By the service that knows most of the packages."""
+    tried = []
     for service in SERVICES:
         command = [sys.executable, "-m", "pip_audit", "--requirement", str(lock), "--no-deps", "--disable-pip"]
         command += ["--vulnerability-service", service, "--format", "json", "--progress-spinner", "off"]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
-        found = (
-            read(json.loads(run.stdout))
-            if run.stdout.startswith("{")
-            else Audit((), (f"{lock.name} by {service}",), ())
-        )
-        if found.audited:
-            break
-    return found
+        if run.stdout.startswith("{"):
+            tried.append(read(json.loads(run.stdout)))
+    return max(tried, key=lambda found: len(found.audited), default=Audit((), (lock.name,), ()))
 
 
 def read(report: Mapping[str, Any]) -> Audit:
@@ -66,8 +61,7 @@ def read(report: Mapping[str, Any]) -> Audit:
         tuple(entry["name"] for entry in known),
         tuple(entry["name"] for entry in entries if "skip_reason" in entry),
         tuple(
-            f"{entry['name']} {entry['version']}: {found['id']}, mended in "
-            f"{', '.join(found['fix_versions']) or 'none yet'}"
+            f"{entry['name']} {entry['version']}: {found['id']}, mended in {', '.join(found['fix_versions']) or '-'}"
             for entry in known
             for found in entry["vulns"]
         ),

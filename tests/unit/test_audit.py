@@ -14,7 +14,7 @@ def test_what_was_not_looked_up_is_no_success() -> None:
     assert read({"dependencies": [LOST]}).exit_code == 2
     assert read({"dependencies": [KNOWN, LOST]}).exit_code == 2
     assert read({"dependencies": []}).exit_code == 2
-    assert "not audited" in str(read({"dependencies": [KNOWN, LOST]}))
+    assert "NOT AUDITED" in str(read({"dependencies": [KNOWN, LOST]}))
 
 
 def test_a_vulnerability_is_named() -> None:
