@@ -23,7 +23,7 @@ COPY . .
 ENV SLIMTUNE_DATA_DIR=/data SLIMTUNE_AUTHENTICATION=keys
 USER slimtune
 EXPOSE 8000
-CMD ["python", "-m", "uvicorn", "api.app:create_app", "--factory", "--host", "0.0.0.0", "--port", "8000"]
+CMD ["python", "-m", "uvicorn", "api.app:create_app", "--factory", "--http", "api.protocol:LimitedHttp", "--host", "0.0.0.0", "--port", "8000"]
 
 FROM api AS worker
 USER root

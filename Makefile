@@ -7,7 +7,7 @@ INSTALLED_EXTRA := .venv/.installed-extra
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
 TORCH := $(shell grep '^torch==' requirements.lock)
 
-.PHONY: help demo demo-smollm2 up test test-extra lint tradeoff bench plan-accuracy packing plan-latency caps load chaos paper recovery format clean
+.PHONY: help demo demo-smollm2 up test test-extra lint fuzz audit tradeoff bench plan-accuracy packing plan-latency caps load api-speed chaos paper recovery format clean
 
 help:
 	@echo "make demo        one real training job through the REST API, from upload to a sample; about 3 minutes"
@@ -15,6 +15,8 @@ help:
 	@echo "make up          keep the service running on http://127.0.0.1:8000"
 	@echo "make test        checks and tests, against real PostgreSQL and Redis"
 	@echo "make test-extra  tests beside transformers, peft and SmolLM2, and those that need docker compose; installs 110 MB more"
+	@echo "make fuzz        10,000 hostile requests, then schemathesis for FUZZ_SECONDS=600 (docs/fuzzing.md); FUZZ_SEED=... repeats a run"
+	@echo "make audit       ask whether a version in requirements.lock is known to be vulnerable"
 	@echo "make lint        only the checks: ruff, mypy, import-linter"
 	@echo "make tradeoff    measure memory and time against the number of chunks, and draw it (docs/figures)"
 	@echo "make bench       measure speed and memory beside other implementations (docs/benchmarks.md); over an hour"
@@ -23,6 +25,7 @@ help:
 	@echo "make plan-latency   post hundreds of plans to a running API and time the answers (docs/planner.md)"
 	@echo "make caps        run jobs under 20 caps, from too small to plentiful, and plans that are wrong (docs/caps.md)"
 	@echo "make load        200 requests a second on 20,000 jobs while one trains, on two cores (docs/load.md); 4 minutes"
+	@echo "make api-speed   GET and POST of jobs by wrk, downloads beside nginx, on two cores (docs/api-speed.md); 6 minutes"
 	@echo "make chaos       kill, stop and starve everything that runs a job, thousands of times (docs/chaos.md); over an hour"
 	@echo "make paper       reproduce the claims of the SLiM paper (docs/paper.md); over an hour, can be continued"
 	@echo "make recovery    move SmolLM2 into FAVOR+ attention and see how much of its loss comes back (docs/recovery.md)"
@@ -73,6 +76,14 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+FUZZ_SECONDS ?= 600
+
+fuzz: $(INSTALLED)
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(if $(FUZZ_SEED),--seed $(FUZZ_SEED))
+
+audit: $(INSTALLED_EXTRA)
+	$(BIN)/python -m tests.audit
+
 tradeoff: $(INSTALLED)
 	$(BIN)/python -m benchmarks.tradeoff
 
@@ -94,6 +105,9 @@ caps: $(INSTALLED)
 
 load: $(INSTALLED)
 	$(BIN)/python -m benchmarks.load
+
+api-speed: $(INSTALLED)
+	$(BIN)/python -m benchmarks.api_speed
 
 chaos: $(INSTALLED)
 	$(BIN)/python -m tests.chaos

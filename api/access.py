@@ -5,8 +5,6 @@ A middleware, not a dependency of routes: what has no route yet is closed too.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -18,22 +16,26 @@ from api.rates import Rates, Turn
 from service.errors import ServiceError
 from service.tenancy import DEFAULT
 
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
+"""Without a key, from everywhere: whether the service is well, and the description that is the same for everybody."""
 ANYBODY = Caller(DEFAULT)
 """Who asks where no key is needed."""
 
 
 class Access:
-    """Puts the caller into the request's state, or answers 401, 403 or 429. `open_paths` are for everybody."""
+    """Puts the caller into the request's state, or answers 401, 403 or 429. `OPEN_PATHS` are for everybody."""
 
-    def __init__(self, app: ASGIApp, authenticator: Authenticator | None, open_paths: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, authenticator: Authenticator | None) -> None:
         """Without an authenticator the API serves its own machine (local_only.py)."""
         self._app = app
         self._authenticator = authenticator
-        self._open_paths = open_paths
         self._rates = Rates()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in self._open_paths:
+        if scope["type"] == "websocket":  # there are none
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
         try:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import gc
 import logging
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 from anyio import CapacityLimiter
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 from starlette.concurrency import run_in_threadpool
 
 from api import errors
 from api.access import Access
 from api.authentication import Authenticator
 from api.dependencies import Context
+from api.event_hub import EventHub
 from api.middleware import BodyLimit, RequestContext
-from api.problems import Problem, documented
-from api.routes import checkpoints, datasets, devices, generate, health, jobs, models, plans, tokenizers
+from api.openai import router as openai
+from api.openapi import document
+from api.routes import checkpoints, datasets, devices, generate, health, jobs, models, plans, tokenizers, webhooks
 from api.sampler import Slots
+from api.shutdown import before_the_server_stops
+from api.waker import Waker
 from service import database, logs, queue
 from service.settings import Settings, load_settings
 from service.storage import Storage
@@ -30,12 +33,10 @@ logger = logging.getLogger(__name__)
 DESCRIPTION = """Fine-tuning jobs under a hard memory budget: give a cap, get a plan that keeps it, the exact gradient,
 and the checkpoints. Errors are problem details (RFC 9457) with a stable `code`."""
 
+STREAMING = re.compile(r"/datasets|/tokenizers|/models|/v1/files|/v1/uploads/[^/]+/parts")
+"""Paths that take uploads."""
 CHECKS_AT_ONCE = 2
 """Of uploaded models and tokenizers: each has a process of its own with up to a gigabyte."""
-
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
-"""Without a key, from everywhere: whether the service is well, and the description that is the same for everybody."""
-KEY_SCHEME = {"type": "http", "scheme": "bearer", "description": "An API key, `slim_` and 43 characters."}
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -48,12 +49,16 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     if settings is None:
         settings = load_settings()
         logs.configure(settings.log_format)
+    engine = database.engine(settings)
+    producer = queue.producer(settings.redis_url)
     context = Context(
         settings=settings,
-        engine=database.engine(settings),
+        engine=engine,
         storage=Storage(settings.data_dir),
-        producer=queue.producer(settings.redis_url),
+        producer=producer,
+        waker=Waker(producer),
         sampler_slots=Slots(settings.generate_slots),
+        event_hub=EventHub(engine, settings.event_streams),
         check_limiter=CapacityLimiter(CHECKS_AT_ONCE),
     )
     app = FastAPI(
@@ -61,13 +66,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.context = context
     errors.install(app)
-    app.add_middleware(BodyLimit, streaming_paths=frozenset({"/datasets", "/tokenizers", "/models"}))
+    app.add_middleware(BodyLimit, streaming=STREAMING)
     authenticator = Authenticator(context.engine) if settings.keys_required else None
-    app.add_middleware(Access, authenticator=authenticator, open_paths=OPEN_PATHS)
+    app.add_middleware(Access, authenticator=authenticator)
     app.add_middleware(RequestContext)
-    for resource in (datasets, tokenizers, models, plans, jobs, checkpoints, generate, devices, health):
+    for resource in (datasets, tokenizers, models, plans, jobs, checkpoints, generate, webhooks, devices, health):
         app.include_router(resource.router)
-    app.openapi = lambda: _openapi(app, settings.keys_required)  # type: ignore[method-assign]  # FastAPI's documented way
+    app.include_router(openai.router)
+    app.openapi = lambda: document(app, settings.keys_required)  # type: ignore[method-assign]  # FastAPI's documented way
     if own_process:
         # What exists by now stays, hundreds of thousands of objects: to look through them for garbage, every few
         # seconds under load, stops all requests for a tenth of a second.
@@ -82,30 +88,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     removed = await run_in_threadpool(context.storage.clean_temporary)
     if removed:
         logger.info("removed %d temporary files that earlier processes left", removed)
+    before_the_server_stops(context.event_hub.close)
     yield
+    context.event_hub.close()
     context.engine.dispose()
     context.producer.close()
-
-
-def _openapi(app: FastAPI, keys_required: bool) -> dict[str, Any]:
-    """FastAPI's document with our problem details where it assumes its own error format."""
-    if app.openapi_schema is None:
-        document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        schemas = document["components"]["schemas"]
-        for name in ("HTTPValidationError", "ValidationError"):
-            schemas.pop(name, None)
-        document["components"]["securitySchemes"] = {"key": KEY_SCHEME}
-        closed = {str(status): answer for status, answer in documented(401, 403, 429).items()}
-        for path, operations in document["paths"].items():
-            for operation in operations.values() if path not in OPEN_PATHS else ():
-                operation["responses"] = closed | operation["responses"]
-                if keys_required:
-                    operation["security"] = [{"key": []}]
-        for operation in [operation for path in document["paths"].values() for operation in path.values()]:
-            if "HTTPValidationError" in str(operation["responses"].get("422")):
-                del operation["responses"]["422"]  # a path of free text: what fits nothing is a 404
-        problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
-        schemas.update(problem.pop("$defs"))
-        schemas["Problem"] = problem
-        app.openapi_schema = document
-    return app.openapi_schema

@@ -13,7 +13,9 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from api.callers import Caller
+from api.event_hub import EventHub
 from api.sampler import Slots
+from api.waker import Waker
 from service import database, quotas
 from service.settings import Settings
 from service.storage import Storage
@@ -32,7 +34,9 @@ class Context:
     engine: Engine
     storage: Storage
     producer: Celery
+    waker: Waker
     sampler_slots: Slots
+    event_hub: EventHub
     check_limiter: CapacityLimiter
     """Of the threads that check what was uploaded, each with a process that may take long and much memory."""
 

@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import Scope
 
 from api.problems import field_errors, problem_response
@@ -18,8 +19,11 @@ from slim_core.planning import MemoryCapInfeasibleError
 
 logger = logging.getLogger(__name__)
 
+V1_RESOURCES = ["/v1/files", "/v1/uploads", "/v1/fine_tuning/jobs", "/v1/models"]
+"""What who looks for another path of OpenAI's API is told of."""
 DATABASE_AWAY = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, sqlalchemy.exc.TimeoutError)
 """What says that the database cannot be reached, or is too busy."""
+METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE")
 UNION_TAG = "~"
 """First character of the tags of unions in schemas.py: no part of a field's name."""
 
@@ -45,8 +49,38 @@ class UploadStalledError(ServiceError):
         super().__init__(f"No data arrived for {seconds:g} seconds.")
 
 
+class HeadTooLargeError(ServiceError):
+    """Path, query and headers are larger than any of ours need to be."""
+
+    status = 431
+    code = "head_too_large"
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(f"Path, query and headers are larger than {limit_bytes} bytes.", max_head_bytes=limit_bytes)
+
+
+class BodyEncodingError(ServiceError):
+    """JSON between systems is UTF-8 (RFC 8259, 8.1); Python's reader would take UTF-16 and UTF-32 as well."""
+
+    status = 400
+    code = "malformed_body"
+
+    def __init__(self) -> None:
+        super().__init__("The body is not JSON that can be read: it must be UTF-8.")
+
+
+class BodyStalledError(ServiceError):
+    """A JSON body took too long to arrive."""
+
+    status = 408
+    code = "body_stalled"
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"The body was not there after {seconds:g} seconds.")
+
+
 class BodyTooLargeError(ServiceError):
-    """A JSON body over the limit of a route that streams, and so has none of the middleware's."""
+    """A JSON body over the limit."""
 
     status = 413
     code = "body_too_large"
@@ -114,15 +148,17 @@ def _service_error(request: Request, error: Exception) -> Response:
     return service_problem(request.scope, error)
 
 
-def service_problem(scope: Scope, error: ServiceError) -> Response:
+def service_problem(scope: Scope, error: ServiceError, *, log: bool = True) -> Response:
     """The answer to a request that failed with `error`; of a 5xx the log hears as well."""
-    if error.status >= 500:
+    if log and error.status >= 500:
         logger.error("%s: %s", error.code, error.message)
     param = getattr(error, "param", error.fields.get("field"))
     seconds = error.retry_after_seconds
     headers = {} if seconds is None else {"Retry-After": str(seconds)}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"  # RFC 6750
+    if error.status == 408:
+        headers["Connection"] = "close"  # what is still to come is not waited for (RFC 9110, 15.5.9)
     return problem_response(
         scope, error.status, error.code, error.message, fields=error.fields, param=param, headers=headers
     )
@@ -154,7 +190,22 @@ def _http_exception(request: Request, error: Exception) -> Response:
         404: ("not_found", "There is nothing at this path."),
         405: ("method_not_allowed", "This path does not answer to this method."),
     }.get(error.status_code, ("http_error", "The request could not be handled."))
-    return problem_response(request.scope, error.status_code, code, detail, headers=error.headers)
+    fields: dict[str, object] = {}
+    if error.status_code == 404 and request.url.path.startswith("/v1/"):
+        fields["available"] = V1_RESOURCES
+        detail += f" Of OpenAI's API there is what fine-tuning needs: {', '.join(V1_RESOURCES)}."
+    headers = {"Allow": ", ".join(_allowed(request))} if error.status_code == 405 else error.headers
+    return problem_response(request.scope, error.status_code, code, detail, fields=fields, headers=headers)
+
+
+def _allowed(request: Request) -> list[str]:
+    """The methods that this path answers to. Starlette names those of one route, and a path has a route for each."""
+    routes = request.app.routes
+    return [
+        method
+        for method in METHODS
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in routes)
+    ]
 
 
 def _database_unavailable(request: Request, error: Exception) -> Response:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from api.schemas import INT64_END, Text
+from api.schemas import INTEGER_END, Text
 
 MAX_PROMPT_CHARACTERS = 200_000
 """Of text; what a model reads of it is limited in tokens."""
@@ -34,7 +34,7 @@ class GenerateRequest(BaseModel):
     messages: Annotated[list[MessageFields], Field(min_length=1, max_length=1_000)] | None = Field(
         None, description="A conversation to answer, written by the chat template of the model's tokenizer."
     )
-    checkpoint: Literal["latest", "best", "final"] | Annotated[int, Field(ge=0, lt=INT64_END)] = Field(
+    checkpoint: Literal["latest", "best", "final"] | Annotated[int, Field(ge=0, lt=INTEGER_END)] = Field(
         "latest", description="Or a step."
     )
     max_tokens: int = Field(200, ge=1, le=4_096, description="Where the text ends at the latest.")
@@ -47,7 +47,7 @@ class GenerateRequest(BaseModel):
     seed: int | None = Field(
         None,
         ge=0,
-        lt=INT64_END,
+        lt=INTEGER_END,
         description="The same seed, checkpoint and request give the same text; null: any.",
     )
     stream: bool = Field(False, description="Answer `text/event-stream`: `token` events as they come, then `done`.")

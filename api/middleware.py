@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
-from collections.abc import Collection
 
+from anyio import fail_after
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.errors import BodyEncodingError, BodyStalledError, BodyTooLargeError, HeadTooLargeError, service_problem
 from api.problems import problem_response, shown
 from service import logs
+from service.errors import ServiceError
 from service.ids import new_id
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger("api.access")
 
 MAX_JSON_BYTES = 1_000_000
+MAX_HEAD_BYTES = 65_536
+"""Of path, query and headers together."""
+BODY_SECONDS = 60.0
+"""A body that is to be read whole must be there by then, however steadily it drips."""
 
 
 class RequestContext:
@@ -37,6 +44,13 @@ class RequestContext:
         with logs.bound(request_id=request_id):
             await self._answer(scope, receive, send, request_id)
 
+    async def _call(self, scope: Scope, receive: Receive, send: Send) -> None:
+        size = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+        size += sum(len(name) + len(value) for name, value in scope["headers"])
+        if size > MAX_HEAD_BYTES:
+            raise HeadTooLargeError(MAX_HEAD_BYTES)
+        await self._app(scope, receive, send)
+
     async def _answer(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
         status: int | None = None
         answered: float | None = None
@@ -54,9 +68,11 @@ class RequestContext:
 
         began = time.monotonic()
         try:
-            await self._app(scope, receive, send_marked)
+            await self._call(scope, receive, send_marked)
         except ClientDisconnect:
             logger.info("the client went away")
+        except HeadTooLargeError as error:
+            await service_problem(scope, error)(scope, receive, send_marked)
         except Exception:
             logger.exception("nobody handled this")
             if status is not None:
@@ -75,26 +91,27 @@ class RequestContext:
 
 
 class BodyLimit:
-    """Reads a body whole before the route sees it, and refuses one over the limit without reading on.
+    """Reads a body whole before the route sees it, and refuses one over the limit, or that takes too long, without
+    reading on.
 
     FastAPI's own limit answers some of these cases in plain text; this is the one for problem details. Paths that
     take uploads are left out: they limit while they stream.
     """
 
-    def __init__(self, app: ASGIApp, streaming_paths: Collection[str], max_bytes: int = MAX_JSON_BYTES) -> None:
+    def __init__(self, app: ASGIApp, streaming: re.Pattern[str], max_bytes: int = MAX_JSON_BYTES) -> None:
+        """`streaming` matches a path that takes uploads, whole."""
         self._app = app
-        self._streaming_paths = streaming_paths
+        self._streaming = streaming
         self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] in {"GET", "HEAD"} or scope["path"] in self._streaming_paths:
+        if scope["type"] != "http" or scope["method"] in {"GET", "HEAD"} or self._streaming.fullmatch(scope["path"]):
             await self._app(scope, receive, send)
             return
-        body = await self._read(scope, receive)
-        if body is None:
-            detail = f"The body is larger than {self._max_bytes} bytes."
-            fields = {"max_body_bytes": self._max_bytes}
-            await problem_response(scope, 413, "body_too_large", detail, fields=fields)(scope, receive, send)
+        try:
+            body = await self._read(scope, receive)
+        except ServiceError as error:
+            await service_problem(scope, error)(scope, receive, send)
             return
         replayed = False
 
@@ -107,18 +124,25 @@ class BodyLimit:
 
         await self._app(scope, replay, send)
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The body; None if it is too large. Raises ClientDisconnect."""
+    async def _read(self, scope: Scope, receive: Receive) -> bytes:
+        """The body. Raises BodyTooLargeError, BodyStalledError, BodyEncodingError, ClientDisconnect."""
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isascii() and announced.isdigit() and int(announced[:19]) > self._max_bytes:
-            return None
+            raise BodyTooLargeError(self._max_bytes)
         body = bytearray()
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientDisconnect
-            body += message.get("body", b"")
-            if len(body) > self._max_bytes:
-                return None
-            if not message.get("more_body", False):
-                return bytes(body)
+        try:
+            with fail_after(BODY_SECONDS):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientDisconnect
+                    body += message.get("body", b"")
+                    if len(body) > self._max_bytes:
+                        raise BodyTooLargeError(self._max_bytes)
+                    if not message.get("more_body", False):
+                        break
+        except TimeoutError as error:
+            raise BodyStalledError(BODY_SECONDS) from error
+        if b"\0" in body[:4]:  # as the first letters of JSON in UTF-16 and UTF-32 have, and no JSON in UTF-8
+            raise BodyEncodingError
+        return bytes(body)

@@ -57,6 +57,8 @@ def problem_response(
 ) -> Response:
     """The answer to a request that failed; `fields` are its further members."""
     kind = "invalid_request_error" if status < 500 else "server_error"
+    headers = {**(headers or {}), **_retry_advice(status, code, headers or {})}
+    param = None if param is None else shown(param)  # the name of a field may be the client's own
     body = {
         **(fields or {}),
         "type": f"urn:slimtune:problem:{code}",
@@ -76,25 +78,72 @@ def field_errors(errors: Sequence[tuple[str, str]]) -> dict[str, Any]:
     return {"errors": listed, "total_errors": len(errors)}
 
 
-def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What a route's `responses` says of its errors."""
-    reasons = {
-        400: "The body could not be read.",
-        401: "There is no valid API key in the request.",
-        403: "The service runs without API keys, and this does not come from its own machine.",
-        404: "There is no such thing.",
-        408: "The upload stalled.",
-        409: "The state of the resource does not allow this.",
-        413: "The body is too large.",
-        416: "The range lies outside the file.",
-        422: "The request is not valid, or cannot be met as it stands; the body says what would help.",
-        429: "More than is allowed at once, or in a minute.",
-        500: "Something went wrong on the server's side.",
-        501: "This installation cannot do it.",
-        503: "The database cannot be reached.",
-        507: "There is no space left to store the file.",
-    }
+def _retry_advice(status: int, code: str, headers: Mapping[str, str]) -> dict[str, str]:
+    """Whether the same request may be answered otherwise if it is sent again, where OpenAI's clients would try.
+
+    They send again what was answered with these statuses unless this header keeps them from it. Of an error that
+    nobody foresaw nothing is known.
+    """
+    if (status not in (408, 409, 429) and status < 500) or code == "internal_error":
+        return {}
+    may_help = status == 408 or any(name.lower() == "retry-after" for name in headers)
+    return {"X-Should-Retry": "true" if may_help else "false"}
+
+
+REASONS = {
+    400: "The body could not be read.",
+    401: "There is no valid API key in the request.",
+    403: "The operator does not allow it: without API keys only the service's own machine may ask.",
+    404: "There is no such thing.",
+    408: "The body did not come in time.",
+    409: "The state of the resource does not allow this.",
+    413: "The body is too large.",
+    416: "The range lies outside the file.",
+    422: "The request is not valid, or cannot be met as it stands; the body says what would help.",
+    429: "More than is allowed at once, or in a minute.",
+    431: "Path, query and headers are too large.",
+    500: "Something went wrong on the server's side.",
+    501: "This installation cannot do it.",
+    503: "The database cannot be reached.",
+    507: "There is no space left to store the file.",
+}
+
+
+DEFAULT_CODES = {
+    400: "malformed_body",
+    401: "unauthorized",
+    403: "keys_required",
+    404: "not_found",
+    408: "body_stalled",
+    409: "job_state_conflict",
+    413: "body_too_large",
+    416: "range_not_satisfiable",
+    422: "invalid_request",
+    429: "rate_limited",
+    431: "head_too_large",
+    500: "internal_error",
+    501: "generate_unavailable",
+    503: "database_unavailable",
+    507: "disk_full",
+}
+"""Of a status that a route documents without a code."""
+
+
+def documented(*errors: int | str) -> dict[int | str, dict[str, Any]]:
+    """What a route's `responses` says of its errors: a status and a code each, `"404 dataset_not_found"`, or a status
+    alone for the code that it has most often. api/openapi.py adds those that every route has.
+    """
+    responses: dict[int | str, dict[str, Any]] = {}
+    for error in errors:
+        status, _, code = str(error).partition(" ")
+        document_problem(responses, int(status), int(status), code)
+    return responses
+
+
+def document_problem(responses: dict[Any, dict[str, Any]], key: int | str, status: int, code: str = "") -> None:
+    """Add one to the responses of a route, under this key. Its example is among the document's components."""
     schema = {"$ref": "#/components/schemas/Problem"}
-    return {
-        status: {"description": reasons[status], "content": {MEDIA_TYPE: {"schema": schema}}} for status in statuses
-    }
+    response = responses.setdefault(key, {"description": REASONS[status]})
+    content = response.setdefault("content", {}).setdefault(MEDIA_TYPE, {"schema": schema})
+    code = code or DEFAULT_CODES[status]
+    content.setdefault("examples", {})[code] = {"$ref": f"#/components/examples/{code}"}

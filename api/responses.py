@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any, Generic, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy import Row
 
 from api.schemas import (
     ChunkingChoice,
@@ -163,7 +164,7 @@ class ModelResponse(_Response):
         description="Whose names the tensors have: ours, or those of transformers."
     )
     tokenizer: str | None = Field(description="`own`: a tokenizer.json comes with it; `bytes`: it reads bytes.")
-    bytes: int | None = Field(None, description="Of an upload's files.")
+    bytes: int | None = Field(None, description="Of an upload's files; of a converted .gguf, of what it became.")
     files: list[FileRecord] | None = Field(None, description="Of an upload, as they came.")
     job: str | None = Field(None, description="The job whose output it is.")
     step: int | None = None
@@ -339,7 +340,7 @@ class JobSummary(_Response):
     error: JobError | None
 
     @classmethod
-    def of_row(cls, job: rows.Job) -> Self:
+    def of_row(cls, job: rows.Job | Row[Any]) -> Self:
         added = {
             "id": job.id,
             "status": job.status,
@@ -364,7 +365,7 @@ class JobResponse(JobSummary):
     plan: PlanResponse
 
 
-def _certificate(job: rows.Job) -> dict[str, Any] | None:
+def _certificate(job: rows.Job | Row[Any]) -> dict[str, Any] | None:
     if job.status != JobStatus.SUCCEEDED:
         return None
     return {
@@ -378,7 +379,7 @@ def _certificate(job: rows.Job) -> dict[str, Any] | None:
     }
 
 
-def _progress(job: rows.Job) -> dict[str, Any]:
+def _progress(job: rows.Job | Row[Any]) -> dict[str, Any]:
     typical = job.plan["predicted_step_seconds"] if job.typical_step_seconds is None else job.typical_step_seconds
     ended = JobStatus(job.status) in TERMINAL
     return {

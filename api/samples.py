@@ -6,22 +6,16 @@ import asyncio
 import json
 from typing import Any
 
-from fastapi.sse import format_sse_event
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from api import sse
 from api.errors import service_problem
 from api.generation import GenerateResponse
 from api.sampler import GRACE_SECONDS, Sampler, Slots
 from service.errors import ServiceError
 from service.settings import Settings
-
-_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-store"),
-    (b"x-accel-buffering", b"no"),  # a proxy must not collect what should be seen at once
-]
 
 
 class Sample(Response):
@@ -42,7 +36,7 @@ class Sample(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises ServiceError before anything is sent, ClientDisconnect when the client went away or reads nothing."""
         work = asyncio.create_task(self._send_events(scope, send) if self._stream else self._send(scope, receive, send))
-        gone = asyncio.create_task(_disconnected(receive))
+        gone = asyncio.create_task(sse.disconnected(receive))
         try:
             limit = self._settings.generate_seconds + 2 * GRACE_SECONDS
             await asyncio.wait({work, gone}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
@@ -67,16 +61,16 @@ class Sample(Response):
         with self._slots.one():
             async with Sampler(self._settings) as sampler:
                 await sampler.begin(self._request)  # what goes wrong before this is done has its own status
-                await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+                await send({"type": "http.response.start", "status": 200, "headers": sse.HEADERS})
                 try:
                     async for piece in sampler.pieces():
-                        event = _event("token", {"text": piece})
+                        event = sse.event("token", {"text": piece})
                         await send({"type": "http.response.body", "body": event, "more_body": True})
                     body = self._summary(sampler, "")
                     del body["text"]
-                    last = _event("done", body)
+                    last = sse.event("done", body)
                 except ServiceError as error:
-                    last = _event("error", json.loads(bytes(service_problem(scope, error).body)))
+                    last = sse.event("error", json.loads(bytes(service_problem(scope, error).body)))
         self._complete = True
         await send({"type": "http.response.body", "body": last})
 
@@ -91,12 +85,3 @@ class Sample(Response):
                 **self._facts,
             }
         ).model_dump()
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-def _event(name: str, data: dict[str, Any]) -> bytes:
-    return format_sse_event(event=name, data_str=json.dumps(data))

@@ -19,9 +19,10 @@ from pydantic import (
     field_validator,
 )
 
-from api.units import parse_bytes
+from api.units import SIZE_PATTERN, parse_bytes
 
-INT64_END = 2**63
+INTEGER_END = 2**53
+"""Integers are below it, so that every reader of JSON has them as they are (RFC 7493, 2.2)."""
 VISIBLE_ASCII = r"[!-~]{1,255}"
 
 
@@ -33,21 +34,31 @@ def _storable(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_storable)]
+NO_NUL = r"^[^\x00]*$"
+Text = Annotated[str, AfterValidator(_storable), Field(json_schema_extra={"pattern": NO_NUL})]
 Reference = Annotated[Text, Field(min_length=1, max_length=100)]
 MemoryCap = Annotated[
     int,
     BeforeValidator(parse_bytes),
-    Field(ge=1, lt=INT64_END),
+    Field(ge=1, lt=INTEGER_END),
     WithJsonSchema(
         {
             "anyOf": [
-                {"type": "integer", "minimum": 1, "maximum": INT64_END - 1},
-                {"type": "string", "pattern": r"^\d+(\.\d+)? ?([kKmMgGtT]i?[bB]|[bB])?$"},
+                {"type": "integer", "minimum": 1, "maximum": INTEGER_END - 1},
+                {"type": "string", "pattern": SIZE_PATTERN},
             ]
         }
     ),
 ]
+
+
+MEMORY_CAP = "The most private memory that the trainer process may ever hold: bytes, or a text such as `1.5GiB`."
+MAX_SEQUENCE_LENGTH = 16_777_216
+BatchSize = Annotated[int, Field(ge=1, le=65_536)]
+Steps = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Epochs = Annotated[int, Field(ge=1, le=1_000_000)]
+Seed = Annotated[int, Field(ge=0, lt=INTEGER_END)]
+Metadata = dict[Annotated[Text, Field(min_length=1, max_length=64)], Annotated[Text, Field(max_length=512)]]
 
 
 def _visible(key: str) -> str:
@@ -68,12 +79,12 @@ IdempotencyKey = Annotated[
 ]
 
 
-class _Request(BaseModel):
+class StrictRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def _tag_by(field: str, default: str) -> Callable[[Any], str]:
-    """Which member of a union is meant: by one of its fields, which may be left out."""
+def tag_by(field: str, default: str) -> Callable[[Any], str]:
+    """Which member of a union is meant, as a tag: by one of its fields, which may be left out."""
 
     def tag(value: Any) -> str:
         if isinstance(value, BaseModel):
@@ -83,7 +94,7 @@ def _tag_by(field: str, default: str) -> Callable[[Any], str]:
     return tag
 
 
-class _OptimizerFields(_Request):
+class _OptimizerFields(StrictRequest):
     learning_rate: float = Field(1e-3, gt=0, le=10, description="Peak of the schedule.")
     weight_decay: float = Field(0.01, ge=0, lt=10, description="Of matrices only.")
 
@@ -115,20 +126,20 @@ OptimizerChoice = Annotated[
     | Annotated[AdafactorFields, Tag("~adafactor")]
     | Annotated[SgdFields, Tag("~sgd")],
     Discriminator(
-        _tag_by("name", "adamw"),
+        tag_by("name", "adamw"),
         custom_error_type="unknown_optimizer",
         custom_error_message="name must be adamw, adafactor or sgd",
     ),
 ]
 
 
-class FullFields(_Request):
+class FullFields(StrictRequest):
     """Train all weights."""
 
     type: Literal["full"] = "full"
 
 
-class LoraFields(_Request):
+class LoraFields(StrictRequest):
     """Train low-rank adapters beside frozen weights. The output model has them merged in."""
 
     type: Literal["lora"]
@@ -149,12 +160,12 @@ class LoraFields(_Request):
 MethodChoice = Annotated[
     Annotated[FullFields, Tag("~full")] | Annotated[LoraFields, Tag("~lora")],
     Discriminator(
-        _tag_by("type", "full"), custom_error_type="unknown_method", custom_error_message="type must be full or lora"
+        tag_by("type", "full"), custom_error_type="unknown_method", custom_error_message="type must be full or lora"
     ),
 ]
 
 
-class ScheduleFields(_Request):
+class ScheduleFields(StrictRequest):
     """Linear warm-up, then constant or a half cosine down to `final_fraction` of the peak."""
 
     name: Literal["cosine", "constant"] = "cosine"
@@ -162,28 +173,31 @@ class ScheduleFields(_Request):
     final_fraction: float = Field(0.1, ge=0, le=1)
 
 
-class MatchingFields(_Request):
+class MatchingFields(StrictRequest):
     """Before the first step, `performer` attention learns to give what the model's own attention gave, layer by layer.
     Needs `attention: "performer"` and adapters on query or key_value: the frozen weights are the teacher's."""
 
     steps: int = Field(ge=1, le=1_000_000_000, description="Updates of this phase, one sequence each.")
     learning_rate: float = Field(1e-3, gt=0, le=10, description="AdamW's, of this phase.")
     sequence_length: int = Field(
-        512, ge=1, le=16_777_216, description="Tokens of its sequences; those of the job where they are shorter."
+        512,
+        ge=1,
+        le=MAX_SEQUENCE_LENGTH,
+        description="Tokens of its sequences; those of the job where they are shorter.",
     )
 
 
-class EarlyStoppingFields(_Request):
+class EarlyStoppingFields(StrictRequest):
     """Stop when the validation loss no longer improves. Needs `evaluate_every`."""
 
     patience: int = Field(3, ge=1, le=1_000_000, description="Evaluations in a row without improvement.")
     min_delta: float = Field(0.0, ge=0, le=1_000, description="What counts as an improvement, in nats per token.")
 
 
-class ChunkingFields(_Request):
+class ChunkingFields(StrictRequest):
     """Your own choice in place of the planner's."""
 
-    chunk_length: int = Field(ge=1, le=16_777_216, description="Tokens per chunk.")
+    chunk_length: int = Field(ge=1, le=MAX_SEQUENCE_LENGTH, description="Tokens per chunk.")
     state_policy: Literal["keep", "reverse", "stride", "prefix"] | None = Field(
         None,
         description="Keep the attention state at every chunk's start (the default), recompute it backwards, or keep "
@@ -200,20 +214,14 @@ ChunkingChoice = Annotated[
 ]
 
 
-class PlanRequest(_Request):
-    """The part of a job that decides how it runs."""
+class TrainingOptions(StrictRequest):
+    """What a job may say of its training, in our own requests and in those of OpenAI's shape."""
 
-    name: Annotated[Text, Field(min_length=1, max_length=200)] | None = None
-    model: Reference = Field(
-        description="A built-in model's name (GET /models), or the id of an upload or of a finished job's output."
-    )
     attention: Literal["softmax", "performer"] | None = Field(
         None,
         description="For a model of softmax attention: `softmax` (default) trains it as it is, exactly; `performer` "
         "moves its weights into linear attention of random features, whose memory does not grow with the sequence.",
     )
-    dataset: Reference | None = Field(None, description="Id of the training data. Needed if `epochs` is given.")
-    validation_dataset: Reference | None = Field(None, description="Id of the data for validation losses.")
     validation_fraction: float | None = Field(
         None,
         gt=0,
@@ -232,16 +240,8 @@ class PlanRequest(_Request):
         "row as if they were one text (`continuous`); or one document a sequence, the rest of which has no loss, and a "
         "longer one in several (`single`).",
     )
-    memory_cap: MemoryCap = Field(
-        description="The most private memory that the trainer process may ever hold: bytes, or a text such as `1.5GiB`."
-    )
-    sequence_length: int = Field(ge=1, le=16_777_216, description="Tokens per sequence.")
-    batch_size: int = Field(1, ge=1, le=65_536, description="Sequences per optimiser step.")
-    steps: int | None = Field(None, ge=1, le=1_000_000_000, description="Optimiser steps. This or `epochs`.")
-    epochs: int | None = Field(None, ge=1, le=1_000_000, description="Passes over the dataset. This or `steps`.")
     optimizer: OptimizerChoice = Field(default_factory=AdamWFields)
     schedule: ScheduleFields = Field(default_factory=ScheduleFields)
-    method: MethodChoice = Field(default_factory=FullFields)
     matching: MatchingFields | None = None
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="Of activations and matrix products; weights and their updates stay in float32."
@@ -266,9 +266,29 @@ class PlanRequest(_Request):
     keep: int = Field(2, ge=2, le=1_000, description="Newest checkpoints to keep. The best one is kept as well.")
     early_stopping: EarlyStoppingFields | None = None
     chunking: ChunkingChoice = Field("auto", description="`auto`, or your own chunk length.")
-    seed: int = Field(0, ge=0, lt=INT64_END, description="Of the initial weights and the order of the data.")
-    metadata: dict[Annotated[Text, Field(min_length=1, max_length=64)], Annotated[Text, Field(max_length=512)]] = Field(
-        default_factory=dict, max_length=16, description="Up to 16 pairs of your own; we only keep them."
+
+
+class PlanRequest(TrainingOptions):
+    """The part of a job that decides how it runs."""
+
+    name: Annotated[Text, Field(min_length=1, max_length=200)] | None = None
+    model: Reference = Field(
+        description="A built-in model's name (GET /models), or the id of an upload or of a finished job's output."
+    )
+    dataset: Reference | None = Field(None, description="Id of the training data. Needed if `epochs` is given.")
+    validation_dataset: Reference | None = Field(None, description="Id of the data for validation losses.")
+    memory_cap: MemoryCap = Field(description=MEMORY_CAP)
+    sequence_length: int = Field(ge=1, le=MAX_SEQUENCE_LENGTH, description="Tokens per sequence.")
+    batch_size: BatchSize = Field(1, description="Sequences per optimiser step.")
+    steps: Steps | None = Field(None, description="Optimiser steps. This or `epochs`.")
+    epochs: Epochs | None = Field(None, description="Passes over the dataset. This or `steps`.")
+    method: MethodChoice = Field(default_factory=FullFields)
+    seed: Seed = Field(0, description="Of the initial weights and the order of the data.")
+    metadata: Metadata = Field(
+        default_factory=dict,
+        max_length=16,
+        description="Up to 16 pairs of your own; we only keep them.",
+        json_schema_extra={"additionalProperties": False},
     )
 
 
@@ -278,26 +298,26 @@ class JobRequest(PlanRequest):
     dataset: Reference = Field(description="Id of the training data.")
 
 
-class ResumeRequest(_Request):
+class ResumeRequest(StrictRequest):
     """What changes when a paused job goes on."""
 
     memory_cap: MemoryCap | None = Field(None, description="Another cap: bytes, or a text such as `1.5GiB`.")
 
 
-class TokenizationRequest(_Request):
+class TokenizationRequest(StrictRequest):
     """What to make a dataset's tokens with."""
 
     tokenizer: Reference = Field(description="`bytes`, the id of a tokenizer, or that of a model for the model's own.")
 
 
-class TrainFields(_Request):
+class TrainFields(StrictRequest):
     """A byte-pair encoding of the dataset's text."""
 
     dataset: Reference = Field(description="Id of the dataset to train on.")
     vocab_size: int = Field(ge=300, le=200_000, description="Tokens, all 256 bytes and the special ones among them.")
 
 
-class TrainTokenizerRequest(_Request):
+class TrainTokenizerRequest(StrictRequest):
     """A tokenizer to train."""
 
     train: TrainFields
@@ -307,6 +327,11 @@ class TrainTokenizerRequest(_Request):
 TOKENIZATION_EXAMPLES: dict[str, Any] = {
     "uploaded": {"value": {"tokenizer": "tok_01936f0e4b7a7c3f8d21c5a0b9e4f617"}},
     "of a model": {"value": {"tokenizer": "model_01936f0e5c1d7e11a4b3f0c2d8e96a05"}},
+}
+
+RESUME_EXAMPLES: dict[str, Any] = {
+    "as before": {"value": {}},
+    "under another cap": {"value": {"memory_cap": "2GiB"}},
 }
 
 JOB_EXAMPLES: dict[str, Any] = {

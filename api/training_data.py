@@ -66,7 +66,7 @@ def _checked(
     if dataset_id is None:
         return None
     dataset = datasets.get(session, dataset_id)
-    counts = _counts(session, field, dataset, tokenizer)
+    counts = counts_of(field, dataset, tokenizer)
     if counts is None or request.packing == "single":  # where a short document leaves the rest of its window empty
         return dataset
     if counts.tokens < request.sequence_length + 1:
@@ -77,9 +77,10 @@ def _checked(
     return dataset
 
 
-def _counts(session: Session, field: str, dataset: Dataset, tokenizer: TokenizerRef) -> Counts | None:
-    """None while they are not known. Raises DatasetUnusableError where they never will be."""
-    row = tokenizations.get(session, dataset.id, tokenizer.key)
+def counts_of(field: str, dataset: Dataset, tokenizer: TokenizerRef) -> Counts | None:
+    """What the dataset is under the tokenizer; None while that is not known. Raises DatasetUnusableError where it never
+    will be."""
+    row = next((each for each in dataset.tokenizations if each.key == tokenizer.key), None)
     if row is not None and row.status == FAILED and row.error and row.error["code"] in _HOPELESS:
         raise DatasetUnusableError(field, dataset.id, tokenizer.name, row.error)
     if row is not None and row.status == READY and row.counts is not None:
@@ -102,11 +103,11 @@ def _steps(
         return request.steps
     assert request.epochs is not None  # noqa: S101  # by workload's rules
     assert dataset is not None  # noqa: S101  # by workload's rules
-    counts = _counts(session, "dataset", dataset, tokenizer)
+    counts = counts_of("dataset", dataset, tokenizer)
     folder = files.path(storage.tokens_dir(dataset.id, tokenizer.key))
     windows = None if counts is None else _windows(counts, request.sequence_length, packing, folder)
     if windows is None:
-        raise _not_tokenized(session, dataset, tokenizer)
+        raise not_tokenized(session, dataset, tokenizer)
     training = max(1, round(windows * (1 - (request.validation_fraction or 0))))
     steps = request.epochs * -(-training // request.batch_size)
     if steps > MAX_STEPS:
@@ -139,7 +140,7 @@ def _single_windows(borders: Path, length: int) -> int:
     return windows
 
 
-def _not_tokenized(session: Session, dataset: Dataset, tokenizer: TokenizerRef) -> DatasetNotTokenizedError:
+def not_tokenized(session: Session, dataset: Dataset, tokenizer: TokenizerRef) -> DatasetNotTokenizedError:
     """The refusal, after the tokens were asked for: in a transaction of its own, as the request's is rolled back."""
     bind: Any = session.get_bind()
     assert isinstance(bind, Engine)  # noqa: S101  # what api.dependencies makes sessions from

@@ -30,9 +30,16 @@ STALL_SECONDS = 60.0
 logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
-def form_body(file: dict[str, Any], **texts: dict[str, Any]) -> dict[str, Any]:
-    """What OpenAPI says of a multipart form with these fields, of which `file` must be there."""
-    schema = {"type": "object", "required": ["file"], "properties": {"file": file, **texts}}
+def form_body(
+    file: dict[str, Any], *, field: str = "file", required: Sequence[str] = (), **texts: dict[str, Any]
+) -> dict[str, Any]:
+    """What OpenAPI says of a multipart form with these fields, of which `field` must be there, and `required`."""
+    schema = {
+        "type": "object",
+        "required": [field, *required],
+        "properties": {field: file, **texts},
+        "additionalProperties": False,
+    }
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
@@ -71,14 +78,17 @@ Piece = FileStart | bytes
 
 
 class Form:
-    """The parts `file` and some short texts of a multipart body, by callbacks of the parser."""
+    """The part with the file and some short texts of a multipart body, by callbacks of the parser."""
 
-    def __init__(self, content_type: str, max_files: int = 1, texts: Sequence[str] = ("name",)) -> None:
-        """`file` may come up to `max_files` times, each of `texts` once. Raises InvalidRequestError for another content
-        type."""
+    def __init__(
+        self, content_type: str, max_files: int = 1, texts: Sequence[str] = ("name",), field: str = "file"
+    ) -> None:
+        """The file is in `field`, up to `max_files` times; each of `texts` may come once. Raises InvalidRequestError
+        for another content type."""
         kind, options = parse_options_header(content_type)
         if kind != b"multipart/form-data" or not options.get(b"boundary"):
-            raise InvalidRequestError(("file", "send the file as multipart/form-data in the field `file`"))
+            raise InvalidRequestError((field, f"send the file as multipart/form-data in the field `{field}`"))
+        self.field = field
         self.files = 0
         """That have begun."""
         self.complete = False
@@ -118,7 +128,7 @@ class Form:
         try:
             self._parser.write(data)
         except MultipartParseError as error:
-            raise InvalidRequestError(("file", "the multipart body is malformed")) from error
+            raise InvalidRequestError((self.field, "the multipart body is malformed")) from error
         pieces, self._pieces = self._pieces, []
         return pieces
 
@@ -135,13 +145,14 @@ class Form:
     def _open_part(self) -> None:
         _, options = parse_options_header(self._disposition)
         name, filename = options.get(b"name"), options.get(b"filename")
-        if name == b"file" and self.files < self._max_files and filename is not None:
-            self._part = "file"
+        is_file = name == self.field.encode()
+        if is_file and self.files < self._max_files and filename is not None:
+            self._part = self.field
             self.files += 1
             self._pieces.append(FileStart(filename.decode("utf-8", "replace")))
-        elif name == b"file":
+        elif is_file:
             allowed = "one file" if self._max_files == 1 else f"at most {self._max_files} files"
-            raise InvalidRequestError(("file", f"must be {allowed}, with a file name"))
+            raise InvalidRequestError((self.field, f"must be {allowed}, with a file name"))
         else:
             self._part = (name or b"").decode("utf-8", "replace")
             if self._part not in self._allowed or self._part in self._texts:
@@ -149,7 +160,7 @@ class Form:
             self._texts[self._part] = bytearray()
 
     def _take(self, data: bytes, start: int, end: int) -> None:
-        if self._part == "file":
+        if self._part == self.field:
             self._pieces.append(data[start:end])
         else:
             text = self._texts[self._part]
@@ -161,12 +172,12 @@ class Form:
         self.complete = True
 
 
-def open_form(content_type: str, max_files: int = 1, texts: Sequence[str] = ("name",)) -> Form:
+def open_form(content_type: str, max_files: int = 1, texts: Sequence[str] = ("name",), field: str = "file") -> Form:
     """A form for this content type. Raises InvalidRequestError."""
     try:
-        return Form(content_type, max_files, texts)
+        return Form(content_type, max_files, texts, field)
     except FormParserError as error:
-        raise InvalidRequestError(("file", "the multipart boundary is too long")) from error
+        raise InvalidRequestError((field, "the multipart boundary is too long")) from error
 
 
 async def receive_upload(
@@ -174,14 +185,20 @@ async def receive_upload(
     open_sink: Callable[[str], SinkT],
     store: Callable[..., Stored],
     texts: Sequence[str] = ("name",),
+    field: str = "file",
 ) -> Stored:
-    """Stream the file of a request into `open_sink(filename)`, then `store(sink, *values of texts)`; both run in
-    threads. A text that was not sent is None.
+    """Stream the file of a request, which is in `field`, into `open_sink(filename)`, then `store(sink, *values of
+    texts)`; both run in threads. A text that was not sent is None.
 
     Raises InvalidRequestError for a malformed form, UploadStalledError, ClientDisconnect, what the callables raise.
     """
     return await receive_files(
-        request, _OneFile(open_sink), lambda one, *values: store(one.sink, *values), max_files=1, texts=texts
+        request,
+        _OneFile(open_sink),
+        lambda one, *values: store(one.sink, *values),
+        max_files=1,
+        texts=texts,
+        field=field,
     )
 
 
@@ -192,6 +209,7 @@ async def receive_files(
     max_files: int,
     texts: Sequence[str] = ("name",),
     limiter: CapacityLimiter | None = None,
+    field: str = "file",
 ) -> Stored:
     """Stream the files of a request into `sink`, then `store(sink, *values of texts)`, for which `limiter` has threads
     of its own if it may take long; all that they do runs in threads.
@@ -199,11 +217,11 @@ async def receive_files(
     Raises as `receive_upload` does.
     """
     async with _in_threads(sink) as opened:
-        form = open_form(request.headers.get("content-type", ""), max_files, texts)
+        form = open_form(request.headers.get("content-type", ""), max_files, texts, field)
         await _copy(form, request.stream(), opened)
         if not form.files:
-            raise InvalidRequestError(("file", "is missing"))
-        return await to_thread.run_sync(store, opened, *(form.text(field) for field in texts), limiter=limiter)
+            raise InvalidRequestError((field, "is missing"))
+        return await to_thread.run_sync(store, opened, *(form.text(text) for text in texts), limiter=limiter)
 
 
 @asynccontextmanager
@@ -254,7 +272,7 @@ async def _copy(form: Form, portions: AsyncIterator[bytes], sink: FilesSink) -> 
             batch, size = [], 0
 
     while not form.complete:
-        for piece in form.feed(await _next(portions)):
+        for piece in form.feed(await _next(portions, form.field)):
             if isinstance(piece, FileStart):
                 await write()
                 await run_in_threadpool(sink.begin, piece.filename)
@@ -266,7 +284,7 @@ async def _copy(form: Form, portions: AsyncIterator[bytes], sink: FilesSink) -> 
     await write()
 
 
-async def _next(portions: AsyncIterator[bytes]) -> bytes:
+async def _next(portions: AsyncIterator[bytes], field: str = "file") -> bytes:
     """The next portion of the body. Raises InvalidRequestError at its end: the form was not closed."""
     try:
         with fail_after(STALL_SECONDS):
@@ -274,4 +292,4 @@ async def _next(portions: AsyncIterator[bytes]) -> bytes:
     except TimeoutError as error:
         raise UploadStalledError(STALL_SECONDS) from error
     except StopAsyncIteration as error:
-        raise InvalidRequestError(("file", "the multipart body ends too early")) from error
+        raise InvalidRequestError((field, "the multipart body ends too early")) from error

@@ -6,12 +6,13 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from sqlalchemy.orm import Session
 
-from api import training_data
+from api import remembered_plans, training_data
 from api.errors import InvalidRequestError
+from api.remembered_plans import KnownCalibration
 from api.schemas import ChunkingFields, FullFields, LoraFields, PlanRequest
 from api.training_data import TrainingData
 from service import base_models, calibrations, devices, tokenizers
@@ -31,13 +32,11 @@ from slim_core.config import (
     TrainConfig,
 )
 from slim_core.planning import (
-    Calibration,
     Chunking,
     Plan,
     Workload,
     check_chunking,
     default_calibration,
-    plan_with_lessons,
 )
 from slim_core.planning.shapes import check_adapters
 
@@ -67,7 +66,7 @@ def resolve(session: Session, request: PlanRequest, files: Storage) -> PlannedWo
     """
     _check_rules(request)
     devices.check_cap(session, request.memory_cap)
-    model, base_model_id, tokenizer = _model(session, request)
+    model, base_model_id, tokenizer = model_of(session, request)
     _check_positions(model, request)
     data = training_data.describe(session, request, tokenizer, files)
     train = _train_config(request, data)
@@ -85,7 +84,7 @@ def resolve(session: Session, request: PlanRequest, files: Storage) -> PlannedWo
         except ValueError as error:
             field, _, rule = str(error).partition(": ")
             raise InvalidRequestError((f"chunking.{field}", rule)) from error
-    plan = plan_with_lessons(workload, request.memory_cap, _calibration(session, workload), chunking=chunking)
+    plan = remembered_plans.plan(workload, request.memory_cap, _calibration(session, workload), chunking)
     return PlannedWorkload(model=model, base_model_id=base_model_id, train=train, plan=plan, tokenizer=tokenizer)
 
 
@@ -101,7 +100,7 @@ def replan(session: Session, job: Job, memory_cap: int) -> Plan:
     workload = Workload(ModelConfig.from_json(job.model_config), TrainConfig.from_json(job.train))
     own = job.spec.get("chunking", "auto")
     chunking = None if own == "auto" else Chunking(own["chunk_length"], own["state_policy"])
-    return plan_with_lessons(workload, memory_cap, _calibration(session, workload), chunking=chunking)
+    return remembered_plans.plan(workload, memory_cap, _calibration(session, workload), chunking)
 
 
 def _check_rules(request: PlanRequest) -> None:
@@ -135,8 +134,24 @@ def _has_validation(request: PlanRequest) -> bool:
     return request.validation_dataset is not None or request.validation_fraction is not None
 
 
-def _model(session: Session, request: PlanRequest) -> tuple[ModelConfig, str | None, TokenizerRef]:
-    """Configuration, row and tokenizer of the model that a request names."""
+class NamesModel(Protocol):
+    """A request, in any shape, that names a model."""
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def tokenizer(self) -> str | None: ...
+
+    @property
+    def attention(self) -> Literal["softmax", "performer"] | None: ...
+
+
+def model_of(session: Session, request: NamesModel) -> tuple[ModelConfig, str | None, TokenizerRef]:
+    """Configuration, row and tokenizer of the model that a request names.
+
+    Raises InvalidRequestError, NotFoundError, ModelNotReadyError, TokenizerNotReadyError, TokenizerFailedError.
+    """
     if (builtin := BUILTIN_MODELS.get(request.model)) is not None:
         if request.tokenizer is None:
             return _with_attention(builtin, request.attention), None, tokenizers.BYTES
@@ -213,12 +228,12 @@ def _lora(method: FullFields | LoraFields) -> LoraConfig | None:
     return LoraConfig(method.rank, method.alpha, tuple(method.targets))
 
 
-def _calibration(session: Session, workload: Workload) -> Calibration:
+def _calibration(session: Session, workload: Workload) -> KnownCalibration:
     measured = calibrations.for_job(session, workload.model.to_json(), workload.train.to_json())
     if measured is not None:
         try:
-            return Calibration.from_json(measured)
+            return remembered_plans.calibration_of(measured)
         except ValueError as error:
             # A worker of another version reported it; the next one to start replaces it.
             logger.warning("the stored calibration cannot be read, planning with the default: %s", error)
-    return default_calibration()
+    return remembered_plans.calibration_of(default_calibration().to_json())

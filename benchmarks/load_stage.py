@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +79,10 @@ class Service:
         """To its database, autocommitting."""
         return psycopg.connect(host=str(self._sockets), user="slimtune", dbname="slimtune", autocommit=True)
 
+    def api(self) -> psutil.Process:
+        """Its API."""
+        return next(child for child in self.process.children(recursive=True) if "uvicorn" in child.cmdline())
+
     @property
     def _sockets(self) -> Path:
         return self.home / "servers" / "sockets"
@@ -102,13 +106,17 @@ class Service:
 
 
 @contextmanager
-def running_service(home: Path) -> Iterator[Service]:
-    """The service, and whoever asks it from this process, on two cores. RuntimeError if it does not start."""
+def running_service(home: Path, settings: Mapping[str, str] | None = None) -> Iterator[Service]:
+    """The service, and whoever asks it from this process, on two cores. RuntimeError if it does not start.
+
+    `settings` are variables of its environment.
+    """
     allowed = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, allowed[:CORES])
     ours = ("DATABASE_URL", "REDIS_URL", "SLIMTUNE_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     environment["SLIMTUNE_TRAINER_THREADS"] = str(min(CORES, len(allowed)))
+    environment |= settings or {}
     command = [sys.executable, "-m", "cli.main", "up", "--home", str(home), "--port", "0"]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -131,11 +139,16 @@ def _ready(process: subprocess.Popen[str]) -> str:
     raise RuntimeError(f"slimtune up did not start:\n{said}")
 
 
-def upload(client: Client, folder: Path) -> str:
-    """A dataset's id."""
+def text_file(folder: Path) -> Path:
+    """Something to train on."""
     path = folder / "topics.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in topics.values()))
-    return client.upload_dataset(path)["id"]
+    return path
+
+
+def upload(client: Client, folder: Path) -> str:
+    """A dataset's id."""
+    return client.upload_dataset(text_file(folder))["id"]
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,10 @@ UPLOAD_SECONDS = 300.0
 SILENCE_SECONDS = 120.0
 """How long a sample may say nothing: the model is loaded first."""
 PARTIAL = 206
+QUIET_SECONDS = 60.0
+"""Silence of a stream of events, which has a heartbeat, after which its connection is taken for lost."""
+AWAY_SECONDS = 300.0
+"""For which a stream of events is asked for again and again."""
 LOST = frozenset({0, 502, 503, 504})
 """No answer of the service's: none at all, or that of a proxy in front of it or a database behind it."""
 
@@ -358,6 +362,50 @@ class Client:
             yield from page["data"]
             more = page["has_more"]
             after = page["data"][-1]["id"] if page["data"] else after
+
+    def watch(self, job_id: str, after: int = 0) -> Iterator[Event]:
+        """What happened since an event, and then what happens, as it happens, until the job is over.
+
+        Goes on where it was after a lost connection or a restart of the service, with no event twice. Raises
+        ServiceError also where the service did not come back for `AWAY_SECONDS`.
+        """
+        last = str(after)
+        deadline = time.monotonic() + AWAY_SECONDS
+        while True:
+            try:
+                for identifier, event in self._events(job_id, last):
+                    deadline = time.monotonic() + AWAY_SECONDS
+                    if event is None:
+                        return
+                    yield event
+                    last = identifier
+            except ServiceError as error:
+                if error.status not in LOST | {429} or time.monotonic() > deadline:
+                    raise
+            time.sleep(REPEAT_PAUSES_SECONDS[-1])
+
+    def _events(self, job_id: str, last: str) -> Iterator[tuple[str, Event | None]]:
+        """Ids and events of one stream, until it breaks off; None is the end."""
+        path = f"/jobs/{job_id}/events"
+        headers = {"Accept": "text/event-stream", "Last-Event-ID": last}
+        timeout = httpx2.Timeout(self._http.timeout.connect, read=QUIET_SECONDS)
+        try:
+            with self._http.stream("GET", path, headers=headers, timeout=timeout) as response:
+                if response.is_error:
+                    response.read()
+                    _raise_for_problem(response)
+                fields: dict[str, str] = {}
+                for line in response.iter_lines():
+                    name, _, value = line.partition(": ")
+                    fields[name] = value
+                    if not line:
+                        if fields.get("event") == "end":
+                            yield fields["id"], None
+                        elif "data" in fields:
+                            yield fields["id"], json.loads(fields["data"])
+                        fields = {}
+        except httpx2.TransportError as error:
+            raise ServiceError(f"GET {path}: the stream broke off ({error})") from error
 
     def devices(self) -> list[Device]:
         """What workers have announced."""

@@ -223,7 +223,7 @@ class EmbeddedServers:
         self._give(building)
         initdb = [str(_postgres_binary("initdb")), "-D", str(building), "-U", NAME, "-A", "trust", "--encoding=UTF8"]
         initdb += ["--no-locale", "--no-instructions", *([] if self.durable else ["--no-sync"])]
-        done = subprocess.run(
+        done = subprocess.run(  # noqa: S603  # PostgreSQL's own programs
             self._as_not_root(initdb, signal.SIGKILL),
             env=_environment(),
             stdout=subprocess.PIPE,
@@ -299,7 +299,7 @@ def _socket_directory(directory: Path) -> Path:
 def _unshare_works() -> bool:
     """Containers often forbid user namespaces, and old systems lack the options."""
     try:
-        return subprocess.run([*UNSHARE, "true"], capture_output=True, check=False).returncode == 0
+        return subprocess.run([*UNSHARE, "true"], capture_output=True, check=False).returncode == 0  # noqa: S603
     except FileNotFoundError:
         return False
 

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from cli.embedded import running_database_url
 from cli.sizes import format_bytes, parse_bytes
@@ -74,12 +72,12 @@ def list_all(
     if as_json:
         typer.echo(json.dumps(keys))
         return
-    columns = ("id", "tenant", "name", "key", "created", "expires", "revoked", "last used", "limits")
-    table = Table(*columns, box=None)
-    for key in keys:
-        texts = [key["id"], key["tenant"], key["name"], f"{key['prefix']}...", *_times(key), _limits(key)]
-        table.add_row(*(text.encode("ascii", "backslashreplace").decode() for text in texts))
-    Console(highlight=False, markup=False, soft_wrap=True).print(table)
+    rows = [["id", "tenant", "name", "key", "created", "expires", "revoked", "last used", "limits"]]
+    rows += [[key["id"], key["tenant"], key["name"], f"{key['prefix']}...", *_times(key), _limits(key)] for key in keys]
+    printable = [[text.encode("ascii", "backslashreplace").decode() for text in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*printable, strict=True)]
+    for row in printable:
+        typer.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
 
 
 @app.command()
@@ -99,7 +97,7 @@ def _ask(home: Path, database_url: str | None, *arguments: str) -> Any:
     url = database_url or running_database_url(home.resolve() / "servers")
     if url is None:
         raise _exit(f"no database runs in {home}: start `slimtune up`, give --home, or set DATABASE_URL")
-    done = subprocess.run(
+    done = subprocess.run(  # noqa: S603  # our own program, its arguments one by one
         [sys.executable, "-m", "service.keys_program", *arguments],
         cwd=ROOT,
         env={**os.environ, "DATABASE_URL": url},

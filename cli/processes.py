@@ -85,7 +85,7 @@ def spawn(
 ) -> Child:
     """Start a `tethered` command with both outputs appended to `log`."""
     with log.open("ab") as output:
-        process = subprocess.Popen(
+        process = subprocess.Popen(  # noqa: S603  # modules of ours
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,

@@ -158,7 +158,7 @@ class Stack:
 
     def _programs(self) -> Iterator[tuple[str, list[str], float]]:
         """Name, module with arguments, and how many seconds it may take to stop."""
-        where = ["--host", self._options.host, "--port", str(self.port)]
+        where = ["--http", "api.protocol:LimitedHttp", "--host", self._options.host, "--port", str(self.port)]
         yield "api", ["uvicorn", "api.app:create_app", "--factory", *where, "--timeout-graceful-shutdown", "5"], 15.0
         quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat", "--loglevel", "INFO"]
         yield (
@@ -167,6 +167,8 @@ class Stack:
             WORKER_STOP_SECONDS,
         )
         yield "sweeper", ["worker.sweeper"], 10.0
+        if os.environ.get("SLIMTUNE_WEBHOOK_ALLOWED"):
+            yield "webhooks", ["worker.webhooks"], 15.0  # it ends what it is sending, at most ten seconds
 
     def _spawn(self, name: str, module: list[str], environment: dict[str, str], stop_seconds: float) -> Child:
         return spawn(

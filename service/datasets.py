@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from datetime import timedelta
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from sqlalchemy import Engine, or_, select
+from sqlalchemy import Engine, Select, func, or_, select
 from sqlalchemy import delete as sql_delete
 from sqlalchemy.orm import Session
 
-from service import storage, tokenizations, tokenizers, uploads
+from service import database, storage, tokenizations, tokenizers, uploads
 from service.dataset_files import format_of, reader
 from service.errors import DatasetInUseError, NotFoundError
 from service.filenames import clean_filename, clean_name
 from service.ids import is_id, new_id
 from service.limits import UNLIMITED, Limits
 from service.models import Dataset, Job, Tokenization, Tokenizer
-from service.pages import newest_first
+from service.pages import newest_first, oldest_first
 from service.status import TERMINAL, UNFINISHED
 from service.storage import Storage, dataset_dir
 from service.tokenizers import BYTES
@@ -50,10 +52,13 @@ class DatasetUpload:
         *,
         tenant: str,
         limits: Limits = UNLIMITED,
+        expires_seconds: int | None = None,
+        also: Callable[[Session, Dataset], None] | None = None,
     ) -> Dataset:
-        """Make file and row durable, and have its tokens made: as bytes, and by `tokenizer`.
+        """Make file and row durable, and have its tokens made: as bytes, and by `tokenizer`. After `expires_seconds` it
+        is deleted, once no job reads it. `also` is done in the same transaction.
 
-        Raises DatasetInvalidError, StorageFullError and what tokenizers.resolve raises; nothing is stored then.
+        Raises what `also` and tokenizers.resolve raise, DatasetInvalidError, StorageFullError; nothing is stored then.
         """
         counts = self._reader.finish()
         dataset = Dataset(
@@ -81,6 +86,11 @@ class DatasetUpload:
             session.flush()
             for reference in wanted:
                 tokenizations.request(session, dataset.id, reference)
+            if expires_seconds is not None:
+                dataset.expires_at = dataset.created_at + timedelta(seconds=expires_seconds)
+            if also is not None:
+                also(session, dataset)
+            session.flush()
             session.refresh(dataset)
         return dataset
 
@@ -104,6 +114,13 @@ def get(session: Session, dataset_id: str, keep: bool = False) -> Dataset:
     return dataset
 
 
+def keep(session: Session, dataset_id: str) -> None:
+    """`get` with `keep`, without reading anything. Raises NotFoundError."""
+    query = select(Dataset.id).where(Dataset.id == dataset_id).with_for_update(read=True, key_share=True)
+    if not is_id("ds", dataset_id) or session.scalar(query) is None:
+        raise NotFoundError("dataset", dataset_id)
+
+
 def tokenize(session: Session, dataset_id: str, tokenizer: str) -> Tokenization:
     """Have the dataset's tokens made by a tokenizer, unless they are there. Raises NotFoundError and what
     tokenizers.resolve raises."""
@@ -111,9 +128,13 @@ def tokenize(session: Session, dataset_id: str, tokenizer: str) -> Tokenization:
     return tokenizations.request(session, dataset.id, tokenizers.resolve(session, tokenizer))
 
 
-def page(session: Session, after: str | None = None, limit: int = 20) -> tuple[list[Dataset], bool]:
-    """Up to `limit` datasets older than the dataset `after`, newest first, and whether there are more."""
-    return newest_first(session, select(Dataset), Dataset.id, after, limit)
+def page(
+    session: Session, after: str | None = None, limit: int = 20, ascending: bool = False
+) -> tuple[list[Dataset], bool]:
+    """Up to `limit` datasets older than the dataset `after`, newest first, and whether there are more; with
+    `ascending`, newer than it and oldest first."""
+    order = oldest_first if ascending else newest_first
+    return order(session, select(Dataset), Dataset.id, after, limit)
 
 
 def delete(session: Session, dataset_id: str) -> str:
@@ -126,14 +147,43 @@ def delete(session: Session, dataset_id: str) -> str:
     dataset = session.scalars(query).one_or_none() if is_id("ds", dataset_id) else None
     if dataset is None:
         raise NotFoundError("dataset", dataset_id)
-    readers = select(Job.id).where(
-        or_(Job.dataset_id == dataset_id, Job.validation_dataset_id == dataset_id),
-        Job.status.not_in([status.value for status in TERMINAL]),
-    )
+    readers, training = _readers(dataset_id), _training(dataset_id)
     jobs = list(session.scalars(readers.order_by(Job.id).limit(20)))
-    training = select(Tokenizer.id).where(Tokenizer.dataset_id == dataset_id, Tokenizer.status.in_(UNFINISHED))
     trained = list(session.scalars(training.order_by(Tokenizer.id).limit(20)))
     if jobs or trained:
         raise DatasetInUseError(dataset_id, jobs, trained)
     session.execute(sql_delete(Dataset).where(Dataset.id == dataset_id))
     return dataset_dir(dataset_id)
+
+
+def _readers(dataset_id: Any) -> Select[str]:
+    """Unfinished jobs that read it."""
+    return select(Job.id).where(
+        or_(Job.dataset_id == dataset_id, Job.validation_dataset_id == dataset_id),
+        Job.status.not_in([status.value for status in TERMINAL]),
+    )
+
+
+def _training(dataset_id: Any) -> Select[str]:
+    """Tokenizers that are being trained on it."""
+    return select(Tokenizer.id).where(Tokenizer.dataset_id == dataset_id, Tokenizer.status.in_(UNFINISHED))
+
+
+def remove_expired(bind: Engine, files: Storage, at_once: int = 100) -> list[str]:
+    """Delete the datasets whose time is over and that nothing uses, the oldest first; returns them.
+
+    Raises SQLAlchemyError.
+    """
+    unused = ~_readers(Dataset.id).exists() & ~_training(Dataset.id).exists()
+    over = select(Dataset.id).where(Dataset.expires_at <= func.now(), unused)
+    with database.transaction(bind) as session:
+        expired = list(session.scalars(over.order_by(Dataset.expires_at).limit(at_once)))
+    for dataset_id in expired:
+        uploads.leave(files, dataset_dir(dataset_id))
+        try:
+            with database.transaction(bind) as session:
+                folder = delete(session, dataset_id)
+        except (NotFoundError, DatasetInUseError):  # since the look
+            continue
+        files.remove(folder)
+    return expired

@@ -29,7 +29,8 @@ def _shown(text: str) -> str:
 
 
 class NotFoundError(ServiceError):
-    """There is no such resource: `kind` is `job`, `dataset`, `tokenizer`, `model`, `checkpoint` or `file`."""
+    """There is no such resource: `kind` is `job`, `dataset`, `tokenizer`, `model`, `checkpoint`, `file` or
+    `webhook`."""
 
     status = 404
 
@@ -491,3 +492,125 @@ class GenerateFailedError(ServiceError):
 
     status = 500
     code = "generate_failed"
+
+
+class TooManyStreamsError(ServiceError):
+    """The process has as many streams of events as it may."""
+
+    status = 429
+    code = "too_many_streams"
+    retry_after_seconds = 5
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"{limit} streams of events are open, which is the most.", limit=limit)
+
+
+class WebhooksOffError(ServiceError):
+    """The operator allows no address."""
+
+    status = 403
+    code = "webhooks_off"
+
+    def __init__(self) -> None:
+        super().__init__("This service sends no webhooks; its operator can allow addresses (SLIMTUNE_WEBHOOK_ALLOWED).")
+
+
+class WebhookUrlInvalidError(ServiceError):
+    """The URL is not one that can be compared with what is allowed."""
+
+    status = 422
+    code = "webhook_url_invalid"
+    param = "url"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"url {reason}.", reason=reason)
+
+
+class WebhookUrlNotAllowedError(ServiceError):
+    """The operator does not allow this address."""
+
+    status = 403
+    code = "webhook_url_not_allowed"
+    param = "url"
+
+    def __init__(self) -> None:
+        super().__init__("Webhooks may not be sent to this address. Ask the operator which ones are allowed.")
+
+
+class TooManyWebhooksError(ServiceError):
+    """The tenant has as many webhooks as it may."""
+
+    status = 409
+    code = "too_many_webhooks"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"There are {limit} webhooks, which is the most. Delete one first.", limit=limit)
+
+
+class WebhookDisabledError(ServiceError):
+    """Nothing is sent to the webhook any more."""
+
+    status = 409
+    code = "webhook_disabled"
+
+    def __init__(self, webhook_id: str, reason: str | None) -> None:
+        super().__init__(f"{webhook_id} is disabled. POST /webhooks/{webhook_id}/enable first.", reason=reason)
+
+
+class UploadStateError(ServiceError):
+    """The upload in parts is closed."""
+
+    status = 409
+    code = "upload_state_conflict"
+
+    def __init__(self, upload_id: str, action: str, state: str) -> None:
+        super().__init__(f"Cannot {action} an upload that is {state}.", upload=upload_id, upload_status=state)
+
+
+class UploadBusyError(ServiceError):
+    """Another request is putting the parts together."""
+
+    status = 409
+    code = "upload_being_completed"
+    retry_after_seconds = 2
+
+    def __init__(self, upload_id: str) -> None:
+        super().__init__("The parts are being put together. Ask again in some seconds.", upload=upload_id)
+
+
+class UploadsOpenError(ServiceError):
+    """As many uploads in parts are open as may be."""
+
+    status = 429
+    code = "too_many_uploads"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"{limit} uploads are open, which is the most.",
+            max_open_uploads=limit,
+            hint="complete or cancel one; each expires an hour after it was created",
+        )
+
+
+class UploadMismatchError(ServiceError):
+    """The parts are not the file that was announced."""
+
+    status = 422
+    code = "upload_mismatch"
+
+    def __init__(self, message: str, **fields: Any) -> None:
+        super().__init__(f"{message} No file was made of them.", **fields)
+
+
+class ResultFileError(ServiceError):
+    """Result files are what the job left: they have no life of their own."""
+
+    status = 409
+    code = "file_is_a_result"
+
+    def __init__(self, file_id: str) -> None:
+        super().__init__(
+            "A result file cannot be deleted by itself.",
+            file=file_id,
+            hint="delete the job's fine_tuned_model, which the weights belong to",
+        )

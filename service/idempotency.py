@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import delete, func, select, tuple_
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from service import database
@@ -58,9 +59,14 @@ def once(
     known = session.scalars(select(IdempotencyKey).where(*mine, ~_expired())).one_or_none()
     if known is None:
         created = create()
-        session.execute(delete(IdempotencyKey).where(*mine))  # one that has expired
         values = {"request_sha256": request_sha256, "job_id": created.job_id, "answer": created.answer}
-        session.add(IdempotencyKey(tenant=tenant, key=key, **values))
+        new = insert(IdempotencyKey).values(tenant=tenant, key=key, **values)
+        # There may be one that has expired.
+        session.execute(
+            new.on_conflict_do_update(
+                index_elements=[IdempotencyKey.tenant, IdempotencyKey.key], set_={**values, "created_at": func.now()}
+            )
+        )
         return created
     if known.request_sha256 != request_sha256:
         raise IdempotencyKeyReusedError

@@ -9,7 +9,7 @@ import time
 from typing import Literal
 from uuid import UUID
 
-Prefix = Literal["ds", "model", "job", "key", "req", "tok"]
+Prefix = Literal["ds", "evt", "job", "key", "model", "part", "req", "tok", "upload", "wh"]
 
 
 class _Clock:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -16,3 +18,9 @@ def page(session: Session, job_id: str, after_step: int = -1, limit: int = 1_000
     """
     query = select(Metric).where(Metric.job_id == job_id, Metric.step > after_step).order_by(Metric.step)
     return of_job(session, query, job_id, limit)
+
+
+def losses_at(session: Session, job_id: str, steps: Sequence[int]) -> dict[int, float | None]:
+    """Training loss of these steps, as far as they have a row."""
+    query = select(Metric.step, Metric.loss).where(Metric.job_id == job_id, Metric.step.in_(steps))
+    return dict(session.execute(query).all())

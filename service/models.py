@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import BigInteger, CheckConstraint, DateTime, ForeignKey, Identity, Index, Text, func, text
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from service.status import Desired, JobStatus
@@ -116,6 +116,7 @@ class Dataset(Owned, Base):
         CheckConstraint("compression IN ('gzip', 'zstd')", name="datasets_compression"),
         CheckConstraint("kind IN ('text', 'prompt_completion', 'messages')", name="datasets_kind"),
         Index("datasets_tenant_id", "tenant", "id"),
+        Index("datasets_expires_at", "expires_at", postgresql_where=text("expires_at IS NOT NULL")),
     )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
@@ -134,9 +135,52 @@ class Dataset(Owned, Base):
     problems: Mapped[list[dict[str, Any]]]
     """Remarks that did not prevent the upload: [{line, reason}]."""
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    expires_at: Mapped[datetime | None]
+    """From when on it is deleted, once no job reads it."""
     tokenizations: Mapped[list[Tokenization]] = relationship(
         lazy="selectin", order_by=Tokenization.created_at, passive_deletes=True
     )
+
+
+class PartUpload(Owned, Base):
+    """A file that comes in parts (part_uploads.py)."""
+
+    __tablename__ = "uploads"
+    __table_args__ = (
+        CheckConstraint("status IN ('pending', 'completed', 'cancelled')", name="uploads_status"),
+        CheckConstraint("(status = 'completed') = (completed_at IS NOT NULL)", name="uploads_completed"),
+        Index("uploads_tenant_status", "tenant", "status"),
+        Index("uploads_expires_at", "expires_at"),
+    )
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    filename: Mapped[str]
+    """The client's name for the file, cleaned; metadata only."""
+    bytes: Mapped[int]
+    """Of the whole file, as announced."""
+    status: Mapped[str]
+    """One that is pending for longer than until `expires_at` has expired."""
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    expires_at: Mapped[datetime]
+    file_expires_seconds: Mapped[int | None]
+    """How long after its completion the dataset is to be deleted."""
+    claim: Mapped[str | None]
+    """Of the request that is putting the parts together, ..."""
+    claimed_until: Mapped[datetime | None]
+    """... which is held to have died from then on."""
+    completed_at: Mapped[datetime | None]
+    dataset_id: Mapped[str | None] = mapped_column(Id)
+    """What it became. No foreign key: it outlives that."""
+
+
+class UploadPart(Owned, Base):
+    __tablename__ = "upload_parts"
+    __table_args__ = (Index("upload_parts_upload_id", "upload_id"),)
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    upload_id: Mapped[str] = mapped_column(Id, ForeignKey("uploads.id", ondelete="CASCADE"))
+    bytes: Mapped[int]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
 class Model(Owned, Prepared, Base):
@@ -167,7 +211,7 @@ class Model(Owned, Prepared, Base):
     files: Mapped[list[dict[str, Any]] | None]
     """Of an upload, as they came: [{name, bytes, sha256}]."""
     bytes: Mapped[int | None]
-    """Of these."""
+    """Of these; of a .gguf, once it is converted, of what it became."""
     tokenizer_key: Mapped[str | None] = mapped_column(Id)
     """Of the tokenizer that comes with it (Tokenization.key); None for bytes."""
     tokenizer_path: Mapped[str | None]
@@ -330,6 +374,62 @@ class JobEvent(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
     type: Mapped[str]
     data: Mapped[dict[str, Any]]
+
+
+class Webhook(Owned, Base):
+    """An address that hears of a tenant's jobs (webhooks.py)."""
+
+    __tablename__ = "webhooks"
+    __table_args__ = (Index("webhooks_tenant_id", "tenant", "id"),)
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    name: Mapped[str | None]
+    url: Mapped[str]
+    events: Mapped[list[str]] = mapped_column(ARRAY(Text()))
+    """The types that it wants."""
+    secret: Mapped[str]
+    """In plain text: it signs."""
+    old_secret: Mapped[str | None]
+    old_secret_until: Mapped[datetime | None]
+    """Until then the one before signs too."""
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    disabled_at: Mapped[datetime | None]
+    disabled_reason: Mapped[str | None]
+    failing_since: Mapped[datetime | None]
+    """Of the first failure after the last success."""
+    sent_at: Mapped[datetime | None]
+    """When it was last sent to."""
+    busy_until: Mapped[datetime | None]
+    """Of a sender that is sending to it, unless that has died."""
+
+
+class WebhookDelivery(Base):
+    """One event for one webhook: written with what it tells of, in one transaction (outbox.py)."""
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (
+        CheckConstraint("status IN ('pending', 'delivered', 'failed')", name="webhook_deliveries_status"),
+        Index("webhook_deliveries_due", "webhook_id", "next_attempt_at", postgresql_where=text("status = 'pending'")),
+        Index("webhook_deliveries_done", "finished_at", postgresql_where=text("status <> 'pending'")),
+    )
+
+    webhook_id: Mapped[str] = mapped_column(Id, ForeignKey("webhooks.id", ondelete="CASCADE"), primary_key=True)
+    event_id: Mapped[str] = mapped_column(Id, primary_key=True)
+    """The same for all webhooks that hear of the event."""
+    type: Mapped[str]
+    body: Mapped[str]
+    """As it is sent, each time."""
+    status: Mapped[str] = mapped_column(server_default="pending")
+    attempts: Mapped[int] = mapped_column(server_default="0")
+    response_status: Mapped[int | None]
+    """Of the last attempt that was answered."""
+    error: Mapped[str | None]
+    """Why the last attempt failed: a code of outbox.py."""
+    created_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+    last_attempt_at: Mapped[datetime | None]
+    next_attempt_at: Mapped[datetime | None] = mapped_column(server_default=func.clock_timestamp())
+    """None once it is done with."""
+    finished_at: Mapped[datetime | None]
 
 
 class Metric(Base):

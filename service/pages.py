@@ -40,3 +40,12 @@ def newest_first(
     if after is not None:
         query = query.where(identifier < after)
     return take(session, query.order_by(identifier.desc()), limit)
+
+
+def oldest_first(
+    session: Session, query: Select[Row], identifier: InstrumentedAttribute[str], after: str | None, limit: int
+) -> tuple[list[Row], bool]:
+    """Up to `limit` rows created after the one whose `identifier` is `after`, and whether there are more."""
+    if after is not None:
+        query = query.where(identifier > after)
+    return take(session, query.order_by(identifier), limit)

@@ -83,8 +83,8 @@ def renew(session: Session, work: Preparation, lease_seconds: float) -> None:
 
 
 def finish(session: Session, work: Preparation, result: dict[str, Any]) -> None:
-    """Record what was made: a tokenization's counts; of a tokenizer, `key` and `vocab_size`; of a model, what
-    `base_models.CheckedModel` has.
+    """Record what was made: a tokenization's counts; of a tokenizer, `key`, `vocab_size` and `bytes`; of a model,
+    `bytes` and what `base_models.CheckedModel` has.
 
     Raises PreparationFencedError.
     """
@@ -92,9 +92,11 @@ def finish(session: Session, work: Preparation, result: dict[str, Any]) -> None:
     _rest(row, READY, None)
     match row:
         case Tokenizer():
-            row.key, row.vocab_size = result["key"], result["vocab_size"]
+            row.key, row.vocab_size, row.bytes = result["key"], result["vocab_size"], result["bytes"]
         case Model():
-            base_models.describe(row, base_models.CheckedModel(**result))
+            row.bytes = result["bytes"]
+            found = {name: value for name, value in result.items() if name != "bytes"}
+            base_models.describe(row, base_models.CheckedModel(**found))
         case Tokenization():
             row.counts = clean_json(result)
             _complete_dataset(session, row.dataset_id, row.counts)

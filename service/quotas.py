@@ -52,8 +52,8 @@ def check_bytes(session: Session, added: int) -> None:
 
 
 def bytes_in_use(session: Session) -> int:
-    """What the tenant's datasets, tokenizers and models had when they were uploaded, and what its checkpoints hold. An
-    output model is one of its job's checkpoints."""
+    """What the tenant's datasets, tokenizers, uploaded models and checkpoints hold. An output model is one of its job's
+    checkpoints."""
     files = func.jsonb_array_elements(Checkpoint.files)
     file = files.table_valued(column("value", JSONB), joins_implicitly=True).c.value
     in_checkpoints = select(func.sum(file["bytes"].astext.cast(BigInteger))).select_from(Checkpoint)

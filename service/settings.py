@@ -8,12 +8,15 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service import webhook_urls
 
 LogFormat = Literal["text", "json"]
 
 
+@functools.lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
     """Whether a name or address (an IPv6 one with or without its brackets) means this machine and nothing else."""
     name = host.removeprefix("[").removesuffix("]").rstrip(".").lower()
@@ -89,6 +92,20 @@ class Settings(DatabaseSettings):
     generate_seconds: float = Field(default=60, gt=0, le=3_600, allow_inf_nan=False)
     """After which a sample ends."""
     generate_threads: int = Field(default=1, ge=1)
+
+    event_streams: int = Field(default=256, ge=1, le=100_000)
+    """Streams of events that this API has open at once, at most."""
+    event_heartbeat_seconds: float = Field(default=15, gt=0, le=3_600, allow_inf_nan=False)
+    """Silence after which a stream of events sends a comment."""
+
+    webhook_allowed: str = ""
+    """Where webhooks may go: URLs with commas between them, each for all that lies below it. None: nowhere."""
+
+    @field_validator("webhook_allowed")
+    @classmethod
+    def _can_be_compared(cls, text: str) -> str:
+        webhook_urls.Allowed.parse(text)
+        return text
 
     @property
     def keys_required(self) -> bool:

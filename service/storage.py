@@ -6,6 +6,8 @@
     models/<model_id>/...                       uploaded; of a .gguf, the folder converted/ is the model
     jobs/<job_id>/checkpoints/attempt-0002/step-00000040/...
     jobs/<job_id>/attempt-<n>.stderr
+    jobs/<job_id>/results/metrics-<sha256>.csv  of a job that is over, once it was asked for
+    parts/<upload_id>/<part_id>                 of files that come in parts, until they are put together
     tmp/                                        uploads on their way, folders being deleted
     doubtful/<path, quoted>                     an empty file for each folder whose row comes or goes just now
 
@@ -77,6 +79,19 @@ def converted_path(model_id: str) -> str:
     return f"{model_path(model_id)}/converted"
 
 
+def results_dir(job_id: str) -> str:
+    """Relative path of the folder of what is made of a finished job's rows."""
+    return f"jobs/{job_id}/results"
+
+
+PARTS = "parts"
+
+
+def parts_dir(upload_id: str) -> str:
+    """Relative path of the folder of an upload's parts."""
+    return f"{PARTS}/{upload_id}"
+
+
 class Storage:
     """The data folder. Creates what it needs; refuses any path that leads out of it."""
 
@@ -143,6 +158,11 @@ class Storage:
             sync_folder(folder)
         except OSError as error:
             raise _translated(error) from error
+
+    def names_in(self, relative: str) -> list[str]:
+        """What lies in a folder; nothing where there is none."""
+        folder = self.path(relative)
+        return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
 
     def trust(self, relative: str) -> None:
         """The folder has a row, or is gone."""

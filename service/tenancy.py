@@ -16,7 +16,19 @@ from sqlalchemy.orm.interfaces import CriteriaOption
 from sqlalchemy.sql.visitors import InternalTraversal
 
 from service.limits import UNLIMITED, Limits
-from service.models import Base, Checkpoint, Dataset, Id, Job, JobEvent, Metric, Owned, Tokenization
+from service.models import (
+    Base,
+    Checkpoint,
+    Dataset,
+    Id,
+    Job,
+    JobEvent,
+    Metric,
+    Owned,
+    Tokenization,
+    Webhook,
+    WebhookDelivery,
+)
 
 DEFAULT = "default"
 """The tenant of what was there before there were tenants, and of who needs no key."""
@@ -28,6 +40,7 @@ CHILDREN: dict[type[Base], tuple[str, type[Base]]] = {
     Metric: ("job_id", Job),
     Checkpoint: ("job_id", Job),
     Tokenization: ("dataset_id", Dataset),
+    WebhookDelivery: ("webhook_id", Webhook),
 }
 """Tables without a tenant of their own: the column that names their parent, and the parent's table."""
 UNOWNED = frozenset({"devices", "calibrations", "shape_calibrations", "tenant_usage", "api_keys"})

@@ -7,6 +7,7 @@ Symbols: D model width, H heads, K = D / H head width, M features per head, S la
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -24,6 +25,9 @@ BYTE_VOCABULARY = 257
 """256 byte values and one document border (`slim_core.data.tokenizer`)."""
 
 
+_hints = functools.cache(typing.get_type_hints)
+
+
 class _Json:
     """`to_json` / `from_json` for the frozen configs; unknown, missing and ill-typed fields are refused by name."""
 
@@ -32,7 +36,7 @@ class _Json:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)  # type: ignore[arg-type]  # a class is hashable
         unknown = sorted(set(data) - set(hints))
         if unknown:
             raise ValueError(f"{cls.__name__}: unknown field {unknown[0]!r}")

@@ -54,7 +54,7 @@ def measure(threads: int, command: Sequence[str] = CALIBRATE_COMMAND) -> Calibra
     if "LD_PRELOAD" not in allocator_environment():
         logger.warning(NO_HEAP)
     try:
-        result = subprocess.run(
+        result = subprocess.run(  # noqa: S603  # our own module
             [*command, "--threads", str(threads)],
             env=trainer_environment(threads),
             stdin=subprocess.DEVNULL,

@@ -91,7 +91,7 @@ def keep_announcing(
 def _gpu_bytes(query: str) -> int | None:
     """All the memory of the GPU that a trainer would take; None where torch sees none."""
     try:
-        result = subprocess.run(
+        result = subprocess.run(  # noqa: S603  # our own module
             [sys.executable, "-c", query],
             env=trainer_environment(1),
             stdin=subprocess.DEVNULL,

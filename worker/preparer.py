@@ -187,7 +187,7 @@ class Preparer:
             self._child(work, lease, self._train, arguments, self._limit_seconds(work))
         answer = self._child(work, lease, self._check, [folder], CHECK_SECONDS, broken="tokenizer_invalid")
         result: dict[str, Any] = json.loads(answer)
-        return result
+        return result | {"bytes": _size(Path(folder))}
 
     def _conversion(self, work: Preparation, lease: Lease) -> dict[str, Any]:
         """What an uploaded .gguf, which is deleted then, turned out to be. Raises as `_tokenise`."""
@@ -198,7 +198,7 @@ class Preparer:
         answer = self._child(work, lease, self._check_model, [str(folder)], CHECK_SECONDS, broken="model_invalid")
         result: dict[str, Any] = json.loads(answer)
         Path(source).unlink(missing_ok=True)
-        return result
+        return result | {"bytes": _size(folder)}
 
     def _source(self, work: Preparation) -> str:
         if work.source_path is None:
@@ -221,7 +221,7 @@ class Preparer:
         PreparationFencedError."""
         command = [sys.executable, "-m", module, "--memory", str(self._settings.preparer_memory_bytes), *arguments]
         with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as log:
-            child = subprocess.Popen(
+            child = subprocess.Popen(  # noqa: S603  # our own module; the files' names are ours
                 command,
                 env=preparer_environment(),
                 stdin=subprocess.DEVNULL,
@@ -288,6 +288,11 @@ class Preparer:
             self._storage.remove(
                 str(Path(work.output_path).parent if work.kind in ("tokenization", "conversion") else work.output_path)
             )
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files in it."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def limit_seconds(source: Path, most_seconds: float) -> float:

@@ -60,7 +60,7 @@ class TrainerProcess:
         os.set_blocking(self._report_fd, False)
         try:
             with stderr_path.open("wb") as stderr:
-                self._process = subprocess.Popen(
+                self._process = subprocess.Popen(  # noqa: S603  # the trainer's command, which the worker makes
                     list(command),
                     stdin=subprocess.PIPE,
                     stdout=stderr,

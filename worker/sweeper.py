@@ -14,7 +14,7 @@ from celery import Celery
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from service import database, devices, idempotency, jobs, logs, queue, runs, uploads
+from service import database, datasets, devices, idempotency, jobs, logs, part_uploads, queue, runs, uploads
 from service.settings import Settings, load_settings
 from service.storage import Storage, stderr_path
 from worker.process import tail
@@ -75,6 +75,8 @@ def run(settings: Settings) -> NoReturn:
             sweep(bind, app, storage)
             storage.clean_temporary()
             uploads.settle(bind, storage)
+            part_uploads.settle(bind, storage)
+            datasets.remove_expired(bind, storage)
         except SQLAlchemyError as error:
             logger.warning("not swept: %s", str(error).splitlines()[0])
         except OSError as error:

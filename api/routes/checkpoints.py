@@ -15,17 +15,19 @@ from service import checkpoints, jobs
 
 router = APIRouter(prefix="/jobs/{job_id}/checkpoints", tags=["checkpoints"])
 
+MISSING = ("404 job_not_found", "404 checkpoint_not_found")
+
 Which = Annotated[str, Path(description="A step, or `latest`, `best` (validation loss), `final` (of a succeeded job).")]
 
 
-@router.get("", summary="List checkpoints", responses=documented(404))
+@router.get("", summary="List checkpoints", responses=documented("404 job_not_found"))
 def list_all(job_id: str, session: SessionDep) -> Page[CheckpointResponse]:
     """All that are kept, newest first."""
     rows = checkpoints.page(session, jobs.get(session, job_id).id)
     return Page[CheckpointResponse](data=[CheckpointResponse.of_row(row) for row in rows], has_more=False)
 
 
-@router.get("/{step}", summary="Get a checkpoint", responses=documented(404))
+@router.get("/{step}", summary="Get a checkpoint", responses=documented(*MISSING))
 def get(job_id: str, step: Which, session: SessionDep) -> CheckpointResponse:
     return CheckpointResponse.of_row(checkpoints.get(session, jobs.get(session, job_id), step))
 
@@ -36,7 +38,7 @@ def get(job_id: str, step: Which, session: SessionDep) -> CheckpointResponse:
     summary="Download a file of a checkpoint",
     response_class=Response,
     responses={
-        **documented(400, 404, 416),
+        **documented("400 range_malformed", *MISSING, "404 file_not_found", 416, "500 checkpoint_damaged"),
         200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
         206: {"description": "The part that `Range` asked for."},
     },

@@ -35,7 +35,20 @@ UPLOAD_BODY = form_body(
     status_code=201,
     response_model=DatasetResponse,
     summary="Upload a dataset",
-    responses=documented(404, 408, 409, 413, 422, 507),
+    responses=documented(
+        "404 tokenizer_not_found",
+        "404 model_not_found",
+        "408 upload_stalled",
+        "409 tokenizer_not_ready",
+        "409 model_not_ready",
+        "413 upload_too_large",
+        "413 upload_expands_too_far",
+        "422 dataset_invalid",
+        "422 dataset_format_unsupported",
+        "422 invalid_request",
+        "422 tokenizer_failed",
+        507,
+    ),
     dependencies=[HasRoom],
     openapi_extra=UPLOAD_BODY,
 )
@@ -74,7 +87,7 @@ def list_page(
     return Page[DatasetResponse](data=[DatasetResponse.of_row(row) for row in rows], has_more=has_more)
 
 
-@router.get("/{dataset_id}", summary="Get a dataset", responses=documented(404))
+@router.get("/{dataset_id}", summary="Get a dataset", responses=documented("404 dataset_not_found"))
 def get(dataset_id: str, session: SessionDep) -> DatasetResponse:
     return DatasetResponse.of_row(datasets.get(session, dataset_id))
 
@@ -83,7 +96,16 @@ def get(dataset_id: str, session: SessionDep) -> DatasetResponse:
     "/{dataset_id}/tokenizations",
     status_code=202,
     summary="Have a dataset's tokens made",
-    responses=documented(400, 404, 409, 413, 422),
+    responses=documented(
+        400,
+        "404 dataset_not_found",
+        "404 tokenizer_not_found",
+        "404 model_not_found",
+        "409 tokenizer_not_ready",
+        "409 model_not_ready",
+        422,
+        "422 tokenizer_failed",
+    ),
 )
 def tokenize(
     dataset_id: str,
@@ -98,7 +120,12 @@ def tokenize(
     return tokenization
 
 
-@router.delete("/{dataset_id}", status_code=204, summary="Delete a dataset", responses=documented(404, 409))
+@router.delete(
+    "/{dataset_id}",
+    status_code=204,
+    summary="Delete a dataset",
+    responses=documented("404 dataset_not_found", "409 dataset_in_use"),
+)
 def delete(dataset_id: str, session: SessionDep, context: ContextDep, background: BackgroundTasks) -> None:
     """With its tokens. Refused while a job that is not finished reads it, or a tokenizer is trained on it."""
     folder = datasets.delete(session, dataset_id)

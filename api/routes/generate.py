@@ -26,7 +26,23 @@ STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream"
     "",
     response_model=GenerateResponse,
     summary="Sample from a checkpoint",
-    responses=documented(400, 404, 409, 413, 422, 429, 500, 501, 503) | STREAM,
+    responses=documented(
+        400,
+        "404 job_not_found",
+        "404 checkpoint_not_found",
+        "409 no_checkpoint",
+        "422 invalid_request",
+        "422 generate_memory_exceeded",
+        "422 prompt_too_long",
+        "422 chat_template_refused",
+        429,
+        "500 generate_failed",
+        "500 checkpoint_damaged",
+        501,
+        "503 generate_timeout",
+        "503 database_unavailable",
+    )
+    | STREAM,
 )
 def generate(
     job_id: str,

@@ -17,7 +17,7 @@ router = APIRouter(tags=["health"])
 
 
 @router.get("/healthz", summary="Is the process alive?")
-def healthz() -> HealthResponse:
+async def healthz() -> HealthResponse:
     return HealthResponse(status="ok")
 
 

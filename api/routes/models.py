@@ -23,6 +23,7 @@ router = APIRouter(prefix="/models", tags=["models"])
 UPLOAD_BODY = form_body(
     {
         "type": "array",
+        "minItems": 1,
         "items": {"type": "string", "format": "binary"},
         "description": f"Repeated, once for each file: {', '.join(ACCEPTED)}.",
     },
@@ -35,7 +36,7 @@ UPLOAD_BODY = form_body(
     status_code=201,
     response_model=ModelResponse,
     summary="Upload a base model",
-    responses=documented(408, 413, 422, 507),
+    responses=documented("408 upload_stalled", "413 upload_too_large", "422 model_invalid", "422 invalid_request", 507),
     dependencies=[HasRoom],
     openapi_extra=UPLOAD_BODY,
 )
@@ -75,7 +76,7 @@ def list_page(
     return Page[ModelResponse](data=builtins + [ModelResponse.of_row(row) for row in rows], has_more=has_more)
 
 
-@router.get("/{model_id}", summary="Get a model", responses=documented(404))
+@router.get("/{model_id}", summary="Get a model", responses=documented("404 model_not_found"))
 def get(model_id: str, session: SessionDep) -> ModelResponse:
     """By the name of a built-in model or the id of another."""
     if (builtin := BUILTIN_MODELS.get(model_id)) is not None:
@@ -83,7 +84,12 @@ def get(model_id: str, session: SessionDep) -> ModelResponse:
     return ModelResponse.of_row(base_models.get(session, model_id))
 
 
-@router.delete("/{model_id}", status_code=204, summary="Delete a model", responses=documented(404, 409))
+@router.delete(
+    "/{model_id}",
+    status_code=204,
+    summary="Delete a model",
+    responses=documented("404 model_not_found", "409 model_in_use", "409 model_built_in"),
+)
 def delete(model_id: str, session: SessionDep, context: ContextDep, background: BackgroundTasks) -> None:
     """Of an output, this deletes the checkpoint that it is. Refused while a job that is not finished starts from it."""
     if model_id in BUILTIN_MODELS:

@@ -15,7 +15,25 @@ from api.schemas import PLAN_EXAMPLES, PlanRequest
 router = APIRouter(prefix="/plans", tags=["plans"])
 
 
-@router.post("", summary="Plan a job without running it", responses=documented(400, 404, 409, 413, 422))
+@router.post(
+    "",
+    summary="Plan a job without running it",
+    responses=documented(
+        400,
+        "404 dataset_not_found",
+        "404 model_not_found",
+        "404 tokenizer_not_found",
+        "409 dataset_not_tokenized",
+        "409 tokenizer_not_ready",
+        "409 model_not_ready",
+        "422 invalid_request",
+        "422 memory_cap_infeasible",
+        "422 memory_cap_exceeds_device",
+        "422 dataset_too_small",
+        "422 dataset_unusable",
+        "422 tokenizer_failed",
+    ),
+)
 def create(
     request: Annotated[PlanRequest, Body(openapi_examples=PLAN_EXAMPLES)], session: SessionDep, context: ContextDep
 ) -> PlanAnswer:

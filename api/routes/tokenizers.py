@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+from anyio import fail_after
 from fastapi import APIRouter, BackgroundTasks, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from pydantic_core import from_json
 from starlette.concurrency import run_in_threadpool
 
+from api import middleware
 from api.callers import Caller
 from api.dependencies import CallerDep, Context, ContextDep, HasRoom, Limit, SessionDep
-from api.errors import BodyTooLargeError
+from api.errors import BodyStalledError, BodyTooLargeError
 from api.problems import documented
 from api.responses import Page, TokenizerResponse
 from api.schemas import TrainTokenizerRequest
@@ -35,6 +37,7 @@ def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
 BODY = form_body(
     {
         "type": "array",
+        "minItems": 1,
         "items": {"type": "string", "format": "binary"},
         "description": "tokenizer.json, beside it tokenizer_config.json, chat_template.jinja.",
     },
@@ -59,7 +62,16 @@ BODY["requestBody"]["content"]["application/json"] = {
     status_code=201,
     response_model=TokenizerResponse,
     summary="Upload or train a tokenizer",
-    responses=documented(404, 408, 413, 422, 507),
+    responses=documented(
+        "404 dataset_not_found",
+        "408 upload_stalled",
+        "408 body_stalled",
+        "413 upload_too_large",
+        "413 body_too_large",
+        "422 invalid_request",
+        "422 tokenizer_invalid",
+        507,
+    ),
     dependencies=[HasRoom],
     openapi_extra=BODY,
 )
@@ -96,12 +108,17 @@ def list_page(
     return Page[TokenizerResponse](data=[TokenizerResponse.of_row(row) for row in rows], has_more=has_more)
 
 
-@router.get("/{tokenizer_id}", summary="Get a tokenizer", responses=documented(404))
+@router.get("/{tokenizer_id}", summary="Get a tokenizer", responses=documented("404 tokenizer_not_found"))
 def get(tokenizer_id: str, session: SessionDep) -> TokenizerResponse:
     return TokenizerResponse.of_row(tokenizers.get(session, tokenizer_id))
 
 
-@router.delete("/{tokenizer_id}", status_code=204, summary="Delete a tokenizer", responses=documented(404, 409))
+@router.delete(
+    "/{tokenizer_id}",
+    status_code=204,
+    summary="Delete a tokenizer",
+    responses=documented("404 tokenizer_not_found", "409 tokenizer_in_use"),
+)
 def delete(tokenizer_id: str, session: SessionDep, context: ContextDep, background: BackgroundTasks) -> None:
     """Refused while a job that is not finished, or a dataset that is being prepared, needs it."""
     folder = tokenizers.delete(session, tokenizer_id)
@@ -119,13 +136,17 @@ def _train(context: Context, caller: Caller, wanted: TrainTokenizerRequest) -> T
 async def _read(request: Request) -> TrainTokenizerRequest:
     """The JSON body, as FastAPI would have read it: the route also takes forms, of which it must not read any.
 
-    Raises BodyTooLargeError, RequestValidationError.
+    Raises BodyTooLargeError, BodyStalledError, RequestValidationError.
     """
     body = bytearray()
-    async for portion in request.stream():
-        body += portion
-        if len(body) > MAX_TRAIN_BYTES:
-            raise BodyTooLargeError(MAX_TRAIN_BYTES)
+    try:
+        with fail_after(middleware.BODY_SECONDS):
+            async for portion in request.stream():
+                body += portion
+                if len(body) > MAX_TRAIN_BYTES:
+                    raise BodyTooLargeError(MAX_TRAIN_BYTES)
+    except TimeoutError as error:
+        raise BodyStalledError(middleware.BODY_SECONDS) from error
     try:
         value = from_json(bytes(body), allow_inf_nan=False)
     except ValueError as error:

@@ -10,10 +10,12 @@ Symbols: S layers, D model width, H heads, K head width, M features per head, F 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+import operator
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 from slim_core.config import ModelConfig, TrainConfig
 from slim_core.planning.matching import adapter_moments, layer_bytes
@@ -79,6 +81,41 @@ class Schedule:
     micro_batch_size: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """A model and a way to train it, the same as another one if all but the sequence length is."""
+
+    model: ModelConfig
+    but_length: tuple[Any, ...]
+    train: TrainConfig = field(compare=False)
+
+
+_but_length = operator.attrgetter(*(each.name for each in fields(TrainConfig) if each.name != "sequence_length"))
+
+
+class _Terms:
+    """What depends on the model and the way to train it alone. The planner looks at a hundred schedules and lengths for
+    each plan, and this is most of the work of every one."""
+
+    def __init__(self, way: _Way) -> None:
+        model, train = way.model, way.train
+        self.in_rows, self.in_blocks = saved_sites(model, train), saved_in_blocks(model, train)
+        self.at_head = _bytes(head_sites(model, train), 1)
+        self.saved_by_mlp = _bytes(saved_by_mlp(model, train), 1)
+        self.into_mlp, self.in_activation = (_bytes(sites, 1) for sites in mlp_sites(model, train))
+        self.frozen, self.trained = num_frozen(model, train), num_trained(model, train)
+        self.parameters = FLOAT * (self.frozen + self.trained + projection_size(model))
+        self.optimizer = optimizer_bytes(model, train)
+        self.cast = _cast_bytes(model, train)
+        self.kernels = _kernel_bytes(model, train)
+        self.outside = max(update_bytes(model, train), _SAVING_BYTES)
+
+
+@functools.lru_cache(maxsize=64)
+def _terms(way: _Way) -> _Terms:
+    return _Terms(way)
+
+
 def predict_peak(workload: Workload, schedule: Schedule, calibration: Calibration) -> MemoryBreakdown:
     """Bytes of the trainer process at its peak: the largest of what the head and the last layer's MLP and attention
     hold while a chunk's graph is whole, the update of the largest matrix, and the writing of a checkpoint."""
@@ -91,24 +128,24 @@ def predict_peak(workload: Workload, schedule: Schedule, calibration: Calibratio
     block = min(BLOCK, chunk_length)
     padded = batch * math.ceil(chunk_length / block) * block
     chunk = _Chunk(batch, chunk_length, block, positions=batch * chunk_length, padded=padded)
-    saved, holes = _saved_bytes(model, train, chunk)
+    terms = _terms(_Way(model, _but_length(train), train))
+    saved, holes = _saved_bytes(terms, chunk)
     logits = _head_bytes(model, train, min(chunk.positions, head_block_rows(model.vocab_size)), calibration.threads)
 
-    frozen, trained = num_frozen(model, train), num_trained(model, train)
     states = state_bytes(model, train, schedule.state_policy, num_chunks, batch)
     tokens, before_tokens = _token_bytes(train, batch)
-    at_head = _bytes(head_sites(model, train), chunk.positions) + logits
-    in_layer = _layer_bytes(model, train, chunk, calibration.threads)
-    in_backward = saved + max(at_head, in_layer) + _cast_bytes(model, train)
-    outside = max(update_bytes(model, train), _SAVING_BYTES, before_tokens) - states
-    workspace = max(in_backward, outside) - saved - logits + tokens + _kernel_bytes(model, train)
+    at_head = terms.at_head * chunk.positions + logits
+    in_layer = _layer_bytes(model, train, terms, chunk, calibration.threads)
+    in_backward = saved + max(at_head, in_layer) + terms.cast
+    outside = max(terms.outside, before_tokens) - states
+    workspace = max(in_backward, outside) - saved - logits + tokens + terms.kernels
     if train.matching is not None:
         workspace = max(workspace, matching_bytes(model, train, calibration.threads) - states - saved - logits)
     return MemoryBreakdown(
         runtime=calibration.runtime_bytes,
-        parameters=FLOAT * (frozen + trained + projection_size(model)),
-        gradients=FLOAT * trained,
-        optimizer=optimizer_bytes(model, train),
+        parameters=terms.parameters,
+        gradients=FLOAT * terms.trained,
+        optimizer=terms.optimizer,
         states=states,
         activations=saved,
         logits=logits,
@@ -139,23 +176,22 @@ class _Chunk(NamedTuple):
     """The same in whole blocks."""
 
 
-def _saved_bytes(model: ModelConfig, train: TrainConfig, chunk: _Chunk) -> tuple[int, int]:
+def _saved_bytes(terms: _Terms, chunk: _Chunk) -> tuple[int, int]:
     """What autograd saves, and the holes between what is small of it."""
-    in_rows, in_blocks = saved_sites(model, train), saved_in_blocks(model, train)
+    in_rows, in_blocks = terms.in_rows, terms.in_blocks
     saved = _bytes(in_rows, chunk.positions) + _bytes(in_blocks, chunk.padded)
     return saved, int(_HOLES * (_small_bytes(in_rows, chunk.positions) + _small_bytes(in_blocks, chunk.padded)))
 
 
-def _layer_bytes(model: ModelConfig, train: TrainConfig, chunk: _Chunk, threads: int) -> int:
+def _layer_bytes(model: ModelConfig, train: TrainConfig, terms: _Terms, chunk: _Chunk, threads: int) -> int:
     """What backward of the last layer holds beside what is saved."""
     in_attention = _bytes(attention_sites(model, train, chunk.block), chunk.padded)
-    in_attention -= _bytes(saved_by_mlp(model, train), chunk.positions)
+    in_attention -= terms.saved_by_mlp * chunk.positions
     if model.attention == "softmax":
         in_attention += score_bytes(model, train, chunk.batch, chunk.length)
-    into_mlp, in_activation = (_bytes(sites, chunk.positions) for sites in mlp_sites(model, train))
     # Of SwiGLU the wider product is the one of the forward pass, when hardly less is saved.
-    into_mlp += product_bytes(chunk.positions, model.model_width, model.mlp_in_width, threads)
-    return max(in_attention, into_mlp, in_activation)
+    product = product_bytes(chunk.positions, model.model_width, model.mlp_in_width, threads)
+    return max(in_attention, terms.into_mlp * chunk.positions + product, terms.in_activation * chunk.positions)
 
 
 def head_block_rows(vocab_size: int) -> int:

@@ -34,6 +34,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 MODEL = ModelConfig(num_layers=1, model_width=32, num_heads=2, mlp_width=64)
 CAP_BYTES = 1 << 30
+PLANTED = "planted-in-the-database-url"
+"""A password that no process may write anywhere; PostgreSQL does not ask for one on its socket."""
 DEVICE_BYTES = 8 * CAP_BYTES
 
 
@@ -122,6 +124,8 @@ class Stage:
             process.wait()
         self.bind.dispose()
         self.redis.close()
+        told = [log.name for log in self.logs.iterdir() if PLANTED.encode() in log.read_bytes()]
+        assert told == [], "a password is in these logs"
 
     # Jobs
 
@@ -220,7 +224,9 @@ class Stage:
             "device_memory_bytes", "patience_seconds",
         )  # fmt: skip
         return os.environ | {
-            "DATABASE_URL": self.settings.database_url,
+            "DATABASE_URL": make_url(self.settings.database_url)
+            .set(password=PLANTED)
+            .render_as_string(hide_password=False),
             "REDIS_URL": self.settings.redis_url,
             "SLIMTUNE_TRAINER_THREADS": "1",
             "PYTHONPATH": str(ROOT),

@@ -299,7 +299,7 @@ def test_so_does_one_that_waits_for_the_whole(
     server: Server, run: ClaimedJob, slow: Path, sampling: Callable[[], psutil.Process]
 ) -> None:
     body = json.dumps(ENDLESS).encode()
-    head = f"POST /jobs/{run.id}/generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = f"POST /jobs/{run.id}/generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
         process = sampling()

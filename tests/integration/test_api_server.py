@@ -10,15 +10,20 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import psutil
 import pytest
+import sqlalchemy
 
 from cli.client import Client
+from service import checkpoints
+from service.database import transaction
 from service.storage import Storage
+from tests.integration.seed import add_dataset, add_job, claim
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 48 * 1024**2
@@ -123,7 +128,7 @@ def test_a_large_upload_takes_no_memory(server: Server, storage: Storage) -> Non
 
 
 def test_an_upload_over_the_limit_is_cut_off_while_it_streams(server: Server, storage: Storage) -> None:
-    head = f"POST /datasets HTTP/1.1\r\nHost: x\r\nContent-Type: {TYPE}\r\nContent-Length: {2**40}\r\n\r\n"
+    head = f"POST /datasets HTTP/1.1\r\nHost: localhost\r\nContent-Type: {TYPE}\r\nContent-Length: {2**40}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
         connection.sendall(head.encode() + HEAD)
         sent = 0
@@ -144,7 +149,7 @@ def test_an_upload_just_over_the_limit_is_told_so(server: Server, storage: Stora
 
 def test_a_client_that_goes_away_leaves_nothing(server: Server, storage: Storage) -> None:
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        head = f"POST /datasets HTTP/1.1\r\nHost: x\r\nContent-Type: {TYPE}\r\nContent-Length: 999999999\r\n\r\n"
+        head = f"POST /datasets HTTP/1.1\r\nHost: [::1]\r\nContent-Type: {TYPE}\r\nContent-Length: 999999999\r\n\r\n"
         connection.sendall(head.encode() + HEAD + LINES * 10)
         _eventually(lambda: len(files_below(storage)) == 1)
     _eventually(lambda: files_below(storage) == [])
@@ -153,7 +158,7 @@ def test_a_client_that_goes_away_leaves_nothing(server: Server, storage: Storage
 
 def test_a_fault_is_answered_and_the_server_lives_on(server: Server) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
-        connection.sendall(b"POST /jobs HTTP/1.1\r\nHost: x\r\nContent-Length: 5000000\r\n\r\n" + b"x" * 100)
+        connection.sendall(b"POST /jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000000\r\n\r\n" + b"x" * 100)
         assert connection.recv(100).startswith(b"HTTP/1.1 413")
     answer = httpx2.get(f"{server.url}/healthz")
     assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
@@ -197,6 +202,61 @@ def test_fifty_submissions_at_once_with_one_key_make_one_job(server: Server, bod
     assert [answer.headers.get("idempotency-replayed") for answer in made].count(None) == 1
     refused = {(answer.status_code, answer.json()["code"]) for answer in answers if answer not in made}
     assert refused <= {(409, "idempotency_key_in_flight")}
+
+
+FILE_BYTES = 1 << 30
+
+
+@pytest.fixture
+def large_file(database_url: str, storage: Storage) -> Iterator[str]:
+    """The path of a file of a gigabyte of a checkpoint. It has holes only: nothing of it is on the disk."""
+    bind = sqlalchemy.create_engine(database_url)
+    run = claim(bind, add_job(bind, add_dataset(bind, storage).id).id)
+    folder = f"{run.checkpoints_dir}/step-00000001"
+    storage.path(folder).mkdir(parents=True)
+    with storage.path(f"{folder}/model.safetensors").open("wb") as file:
+        file.truncate(FILE_BYTES)
+    files = [{"name": "model.safetensors", "bytes": FILE_BYTES, "sha256": "0" * 64}]
+    with transaction(bind) as session:
+        checkpoints.register(session, run.id, run.attempt, 1, files=files, path=folder)
+    yield f"/jobs/{run.id}/checkpoints/1/files/model.safetensors"
+    bind.dispose()
+
+
+@contextmanager
+def downloading(server: Server, path: str) -> Iterator[socket.socket]:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode())
+        yield connection
+
+
+def test_a_large_download_takes_no_memory(server: Server, large_file: str) -> None:
+    assert httpx2.head(f"{server.url}{large_file}").headers["content-length"] == str(FILE_BYTES)
+    before = highest = server.resident_bytes()
+    buffer = bytearray(1 << 20)
+    with downloading(server, large_file) as connection:
+        received = 0
+        while read := connection.recv_into(buffer):
+            received += read
+            highest = max(highest, server.resident_bytes())
+    assert FILE_BYTES < received < FILE_BYTES + 1_000  # with its headers
+    assert highest - before < 30e6
+
+
+def test_a_client_that_reads_nothing_keeps_nobody_waiting_and_frees_the_file_when_it_goes(
+    server: Server, large_file: str
+) -> None:
+    def open_files() -> list[str]:
+        return [file.path for file in psutil.Process(server.process.pid).open_files() if "model" in file.path]
+
+    before = server.resident_bytes()
+    with ExitStack() as stack:
+        for _ in range(45):  # more than there are threads for routes
+            stack.enter_context(downloading(server, large_file))
+        _eventually(lambda: len(open_files()) == 45, 60)
+        assert httpx2.get(f"{server.url}/datasets", timeout=10).status_code == 200
+        assert server.resident_bytes() - before < 45 * 4 * 1024**2
+    _eventually(lambda: open_files() == [], 30)
 
 
 def _eventually(condition: Any, seconds: float = 10) -> None:

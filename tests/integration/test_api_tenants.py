@@ -1,8 +1,8 @@
 """Every route of the OpenAPI document, asked by one tenant for what is another's: the very answer that an id gets which
 never was.
 
-With the listener of service/tenancy.py removed, both tests here are red. A route that is new has to find its ids in
-`Things`, and its body, if it needs one, in `BODIES` or `NAMES_NOTHING`; else the first test fails and says so.
+With the listener of service/tenancy.py removed, the first test here is red. A route that is new has to find its ids in
+`Things`, and its body, if it needs one, in `BODIES` or `NAMES_NOTHING`; else that test fails and says so.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ import sqlalchemy
 from sqlalchemy import Engine
 from starlette.testclient import TestClient
 
-from api.app import OPEN_PATHS, create_app
-from service import keys, runs
+from api.access import OPEN_PATHS
+from api.app import create_app
+from service import keys, runs, webhooks
 from service.database import transaction
 from service.ids import Prefix, new_id
 from service.models import Base, Tokenizer
 from service.settings import Settings
 from service.storage import Storage
+from service.webhook_urls import Allowed
 from tests.integration.seed import add_checkpoint, add_dataset, add_job, claim, metric
 
 Headers = dict[str, dict[str, str]]
@@ -38,6 +40,7 @@ PARAMETERS: dict[str, str] = {
     "job_id": "job",
     "model_id": "model",
     "tokenizer_id": "tok",
+    "webhook_id": "wh",
 }
 """Parameters of paths that are ids, with the kind of thing that they name."""
 FIXED = {"step": "latest", "name": "model.safetensors"}
@@ -63,7 +66,7 @@ BODIES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     ],
 }
 """Requests that name a thing in their body: its kind, and the body."""
-NAMES_NOTHING = {"post /models"}
+NAMES_NOTHING = {"post /models", "post /webhooks"}
 PATH_BODIES: dict[str, Any] = {
     "post /jobs/{job_id}/generate": {"prompt": "x"},
     "post /datasets/{dataset_id}/tokenizations": {"tokenizer": "bytes"},
@@ -103,12 +106,15 @@ def theirs(bind: Engine, storage: Storage) -> Things:
         tokenizer = Tokenizer(id=new_id("tok"), tenant=THEIRS, name="t", source="upload", status="ready", path="t")
         tokenizer.key, tokenizer.vocab_size = "k", 300
         session.add(tokenizer)
-    return Things({"ds": dataset, "job": claimed.id, "model": model, "tok": tokenizer.id})
+    with transaction(bind, THEIRS) as session:
+        address = "https://hooks.example.com/"
+        webhook = webhooks.create(session, Allowed.parse(address), url=address)
+    return Things({"ds": dataset, "job": claimed.id, "model": model, "tok": tokenizer.id, "wh": webhook.id})
 
 
 @pytest.fixture
 def nobodys() -> Things:
-    kinds: tuple[Prefix, ...] = ("ds", "job", "model", "tok")
+    kinds: tuple[Prefix, ...] = ("ds", "job", "model", "tok", "wh")
     return Things({kind: new_id(kind) for kind in kinds})
 
 

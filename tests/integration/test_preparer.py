@@ -272,6 +272,7 @@ def test_a_tokenizer_is_trained_checked_and_used(bind: Engine, settings: Setting
     with database.transaction(bind) as session:
         row = tokenizers.get(session, trained.id)
         assert (row.status, row.vocab_size, len(row.key or "")) == ("ready", 300, 16)
+        assert row.bytes == sum(path.stat().st_size for path in storage.path(row.path).iterdir())
     with TokenizerUpload(storage) as sink:
         for name in tokenizers.FILES:
             if (path := storage.path(f"{row.path}/{name}")).exists():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import threading
+from contextlib import ExitStack
 from typing import Any, get_args
 
 import pytest
 import sqlalchemy.exc
 from sqlalchemy import Engine, text
 
+from cli.embedded import EmbeddedServers
 from service import calibrations, database, datasets, events, jobs, runs
 from service.database import transaction
 from service.errors import DatasetInUseError, JobStateConflictError, NotFoundError
@@ -26,6 +28,30 @@ def force(bind: Engine, job_id: str, status: JobStatus, desired: Desired) -> Non
     statement = f"UPDATE jobs SET status = :status, desired = :desired, lease_until = {lease} WHERE id = :id"
     with transaction(bind) as session:
         session.execute(text(statement), {"status": status.value, "desired": desired.value, "id": job_id})
+
+
+def test_what_is_shown_of_a_job_is_the_job_and_its_tenants_alone(bind: Engine, job: Job) -> None:
+    """`look` asks past the ORM, so no session restricts it."""
+    with transaction(bind) as session:
+        stored = jobs.get(session, job.id)
+        shown = jobs.look(bind, stored.tenant, job.id)
+        assert {name: getattr(stored, name) for name in shown._fields} == shown._asdict()
+    for tenant, identifier in (("another", job.id), (stored.tenant, new_id("job")), (stored.tenant, "job")):
+        with pytest.raises(NotFoundError):
+            jobs.look(bind, tenant, identifier)
+
+
+def test_connections_that_the_server_has_closed_are_replaced_before_anybody_has_one(
+    bind: Engine, servers: EmbeddedServers, job: Job
+) -> None:
+    with ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(transaction(bind)).execute(text("SELECT 1"))
+    name = bind.url.database
+    with servers.connect() as operator:
+        operator.execute("SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = %s", (name,))
+    for _ in range(3):
+        assert jobs.look(bind, "default", job.id).id == job.id
 
 
 def event_types(bind: Engine, job_id: str) -> list[str]:

@@ -49,7 +49,7 @@ def theirs(bind: Engine, storage: Storage) -> dict[str, str]:
     return {"dataset": dataset, "job": job, "model": "model_1", "tokenizer": "tok_1"}
 
 
-JOB = bindparam("job")
+JOB: Any = bindparam("job")
 QUERIES: dict[str, Any] = {
     "rows": select(Job).where(Job.id == JOB),
     "a column": select(Job.id).where(Job.id == JOB),

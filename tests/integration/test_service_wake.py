@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import json
 
+import anyio
 import pytest
 import redis
 
+from api.waker import Waker
 from cli.embedded import EmbeddedServers
 from service import queue
 from service.ids import new_id
@@ -41,5 +43,24 @@ def test_waking_survives_a_broker_that_dropped_its_connections(redis_url: str, b
     assert queue.wake(new_id("job"), app)
     assert queue.broker_answers(app)
     assert broker.llen(queue.QUEUE) == 2
+    app.close()
+    broker.close()
+
+
+def test_many_jobs_at_once_are_few_messages(redis_url: str, broker: redis.Redis) -> None:
+    """The last of them, at the latest, is sent after the last job was there."""
+    app = queue.producer(redis_url)
+    ids = [new_id("job") for _ in range(20)]
+
+    async def wake_all() -> None:
+        waker = Waker(app)
+        async with anyio.create_task_group() as tasks:
+            for job_id in ids:
+                tasks.start_soon(waker.wake, job_id)
+        assert len(messages(broker)) == 2  # at once, and once more for all that came meanwhile
+        await waker.wake("job_later")
+        assert messages(broker)[-1] == ["job_later"]
+
+    anyio.run(wake_all)
     app.close()
     broker.close()

@@ -104,12 +104,14 @@ def test_the_process_outlives_its_servers_and_ends_at_once(database_url: str, re
         storage = Storage(stage.settings.data_dir)
         nobodys = storage.make_folder("datasets/ds_of_nobody")
         storage.doubt("datasets/ds_of_nobody")
+        parts = storage.make_folder("parts/upload_of_nobody")
         for doubt in storage.path("doubtful").iterdir():
             os.utime(doubt, (time.time() - 4_000,) * 2)
         stage.overrides["DATABASE_URL"] = proxy.url
         process = stage.start("sweeper", SWEEPER)
         wait_for("a clean tmp folder", lambda: not stale.exists())
         wait_for("no files without a row", lambda: not nobodys.exists())
+        wait_for("no parts without an upload", lambda: not parts.exists())
 
         proxy.refuse()
         job_id = stage.create_job()

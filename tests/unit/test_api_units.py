@@ -19,7 +19,9 @@ from api.units import parse_bytes
         ("0.1MiB", 104_857),
         ("3TiB", 3 * 1024**4),
         ("7b", 7),
-        ("12345678901234567890", 12_345_678_901_234_567_890),
+        ("123456789012345678", 123_456_789_012_345_678),
+        ("0.001KB", 1),
+        ("0.5 GiB", 1 << 29),
     ],
 )
 def test_sizes_as_people_write_them(text: object, expected: int) -> None:
@@ -28,7 +30,28 @@ def test_sizes_as_people_write_them(text: object, expected: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "GiB", "1.5 GiBs", "-1GiB", "1e9", "1,5GiB", "inf", "1..5GB", "\u0661GiB", "1G", "1" * 400, 1.5, True, None],
+    [
+        "",
+        "GiB",
+        "1.5 GiBs",
+        "-1GiB",
+        "1e9",
+        "1,5GiB",
+        "inf",
+        "1..5GB",
+        "\u0661GiB",
+        "1G",
+        "1" * 19,
+        "1" * 400,
+        "0",
+        "0.0GiB",
+        "007MiB",
+        "1234567TiB",
+        "1GiB\n",
+        1.5,
+        True,
+        None,
+    ],
 )
 def test_anything_else_is_refused(text: object) -> None:
     with pytest.raises(ValueError, match="must be an integer of bytes or a size"):

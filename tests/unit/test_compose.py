@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-SERVICES = {"postgres", "redis", "migrate", "api", "sweeper", "worker", "worker-gpu"}
-WITHOUT_HEALTH_CHECK = {"migrate", "sweeper"}
-"""One ends, the other serves nothing."""
+SERVICES = {"postgres", "redis", "migrate", "api", "sweeper", "webhooks", "worker", "worker-gpu"}
+WITHOUT_HEALTH_CHECK = {"migrate", "sweeper", "webhooks"}
+"""One ends, the others serve nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,11 @@ def test_only_the_api_is_published_and_only_on_loopback(compose: dict[str, Any])
     assert compose["networks"]["backend"] == {"internal": True}
 
 
+def test_the_api_and_the_sender_of_webhooks_alone_have_a_way_out(compose: dict[str, Any]) -> None:
+    out = {name for name, service in compose["services"].items() if "default" in service.get("networks", ["default"])}
+    assert out == {"api", "webhooks"}
+
+
 def test_passwords_have_no_defaults(compose: dict[str, Any]) -> None:
     text = (ROOT / "docker-compose.yml").read_text()
     for name in re.findall(r"\$\{(\w*PASSWORD)[^?}]*\}", text):
@@ -60,12 +65,12 @@ def test_passwords_have_no_defaults(compose: dict[str, Any]) -> None:
 
 
 def test_our_own_processes_log_json(compose: dict[str, Any]) -> None:
-    for name in ("api", "sweeper", "worker", "worker-gpu"):
+    for name in ("api", "sweeper", "webhooks", "worker", "worker-gpu"):
         assert compose["services"][name]["environment"]["SLIMTUNE_LOG_FORMAT"] == "${SLIMTUNE_LOG_FORMAT:-json}"
 
 
 def test_nothing_starts_before_the_migration(compose: dict[str, Any]) -> None:
-    for name in ("api", "sweeper", "worker", "worker-gpu"):
+    for name in ("api", "sweeper", "webhooks", "worker", "worker-gpu"):
         condition = compose["services"][name]["depends_on"]["migrate"]
         assert condition == {"condition": "service_completed_successfully"}
 
@@ -97,6 +102,7 @@ def test_images_run_as_a_user_and_only_the_worker_has_torch(compose: dict[str, A
         "migrate": "api",
         "api": "worker",  # for the processes that sample
         "sweeper": "api",
+        "webhooks": "api",
         "worker": "worker",
         "worker-gpu": "worker",
     }

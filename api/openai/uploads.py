@@ -1,0 +1,88 @@
+"""Uploads in parts, which become files."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from anyio import to_thread
+from fastapi import APIRouter, BackgroundTasks, Body, Request
+from starlette.concurrency import run_in_threadpool
+
+from api.dependencies import CallerDep, ContextDep, HasRoom, SessionDep
+from api.openai.requests import COMPLETE_EXAMPLES, UPLOAD_EXAMPLES, CompleteUploadRequest, CreateUploadRequest
+from api.openai.responses import PartObject, UploadObject
+from api.problems import documented
+from api.uploads import form_body, receive_upload
+from service import dataset_files, part_uploads
+from service.part_uploads import MAX_PART_BYTES, PartSink
+
+router = APIRouter(prefix="/uploads")
+
+PART_BODY = form_body(
+    {"type": "string", "format": "binary", "description": f"At most {MAX_PART_BYTES} bytes."}, field="data"
+)
+
+
+@router.post("", summary="Begin an upload in parts", responses=documented(400, 413, 422, 429))
+def create(
+    request: Annotated[CreateUploadRequest, Body(openapi_examples=UPLOAD_EXAMPLES)],
+    session: SessionDep,
+    context: ContextDep,
+) -> UploadObject:
+    """It is open for an hour. The name's ending says what the file is, as in POST /v1/files."""
+    dataset_files.format_of(request.filename)
+    seconds = None if request.expires_after is None else request.expires_after.seconds
+    upload = part_uploads.create(session, request.filename, request.bytes, context.settings.max_upload_bytes, seconds)
+    return UploadObject.of_row(upload, part_uploads.PENDING)
+
+
+@router.post(
+    "/{upload_id}/parts",
+    summary="Add a part",
+    responses=documented(404, 408, 409, 413, 422, 507),
+    openapi_extra=PART_BODY,
+    dependencies=[HasRoom],
+)
+async def add_part(upload_id: str, request: Request, context: ContextDep, caller: CallerDep) -> PartObject:
+    """In any order, several at once if you like: the order is said when the upload is completed. A part whose answer
+    was lost is sent again."""
+    sink = await run_in_threadpool(PartSink, context.engine, context.storage, upload_id, caller.tenant)
+    part = await receive_upload(request, lambda _filename: sink, PartSink.store, texts=(), field="data")
+    return PartObject.of_row(part)
+
+
+@router.post("/{upload_id}/complete", summary="Complete an upload", responses=documented(400, 404, 409, 413, 422, 507))
+async def complete(
+    upload_id: str,
+    request: Annotated[CompleteUploadRequest, Body(openapi_examples=COMPLETE_EXAMPLES)],
+    context: ContextDep,
+    caller: CallerDep,
+) -> UploadObject:
+    """Put the parts together in this order, and make a file of them. Asking twice is fine.
+
+    If the parts are not the file that was announced, or a line of it is broken, no file is made and the upload stays
+    open.
+    """
+
+    def work() -> UploadObject:
+        upload, dataset = part_uploads.complete(
+            context.engine,
+            context.storage,
+            context.settings,
+            upload_id,
+            request.part_ids,
+            request.md5,
+            caller.tenant,
+            caller.limits,
+        )
+        return UploadObject.of_row(upload, part_uploads.COMPLETED, dataset)
+
+    return await to_thread.run_sync(work, limiter=context.check_limiter)  # it may take a minute
+
+
+@router.post("/{upload_id}/cancel", summary="Cancel an upload", responses=documented(404, 409))
+def cancel(upload_id: str, session: SessionDep, context: ContextDep, background: BackgroundTasks) -> UploadObject:
+    """With its parts. Asking twice is fine."""
+    answer = UploadObject.of_row(*part_uploads.cancel(session, upload_id))
+    background.add_task(part_uploads.remove_parts, context.storage, upload_id)
+    return answer
