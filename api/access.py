@@ -16,8 +16,9 @@ from api.rates import Rates, Turn
 from service.errors import ServiceError
 from service.tenancy import DEFAULT
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
-"""Without a key, from everywhere: whether the service is well, and the description that is the same for everybody."""
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/metrics", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
+"""Without a key, from everywhere: whether the service is well, and the description that is the same for everybody. For
+its numbers there is a token of their own."""
 ANYBODY = Caller(DEFAULT)
 """Who asks where no key is needed."""
 

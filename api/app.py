@@ -20,6 +20,7 @@ from api.event_hub import EventHub
 from api.middleware import BodyLimit, RequestContext
 from api.openai import router as openai
 from api.openapi import document
+from api.prometheus import RequestNumbers
 from api.routes import checkpoints, datasets, devices, generate, health, jobs, models, plans, tokenizers, webhooks
 from api.sampler import Slots
 from api.shutdown import before_the_server_stops
@@ -60,6 +61,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         sampler_slots=Slots(settings.generate_slots),
         event_hub=EventHub(engine, settings.event_streams),
         check_limiter=CapacityLimiter(CHECKS_AT_ONCE),
+        numbers=RequestNumbers(),
     )
     app = FastAPI(
         title="slimtune", version="0.1.0", description=DESCRIPTION, redirect_slashes=False, lifespan=_lifespan
@@ -69,7 +71,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(BodyLimit, streaming=STREAMING)
     authenticator = Authenticator(context.engine) if settings.keys_required else None
     app.add_middleware(Access, authenticator=authenticator)
-    app.add_middleware(RequestContext)
+    app.add_middleware(RequestContext, numbers=context.numbers)
     for resource in (datasets, tokenizers, models, plans, jobs, checkpoints, generate, webhooks, devices, health):
         app.include_router(resource.router)
     app.include_router(openai.router)

@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from api.callers import Caller
 from api.event_hub import EventHub
+from api.prometheus import RequestNumbers
 from api.sampler import Slots
 from api.waker import Waker
 from service import database, quotas
@@ -39,6 +40,7 @@ class Context:
     event_hub: EventHub
     check_limiter: CapacityLimiter
     """Of the threads that check what was uploaded, each with a process that may take long and much memory."""
+    numbers: RequestNumbers
 
 
 async def get_context(request: Request) -> Context:

@@ -99,6 +99,19 @@ class UnauthorizedError(ServiceError):
         super().__init__("This needs a valid API key: Authorization: Bearer slim_...")
 
 
+class MetricsTokenError(ServiceError):
+    """The service's numbers are the operator's."""
+
+    status = 401
+    code = "metrics_token_required"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This needs the operator's token, SLIMTUNE_METRICS_TOKEN, as Authorization: Bearer ...; where none is set, "
+            "the service's own machine may ask."
+        )
+
+
 class KeysRequiredError(ServiceError):
     """The API asks for no keys, and so serves nobody but this machine."""
 

@@ -11,8 +11,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api import sse
 from api.errors import BodyEncodingError, BodyStalledError, BodyTooLargeError, HeadTooLargeError, service_problem
 from api.problems import problem_response, shown
+from api.prometheus import RequestNumbers
 from service import logs
 from service.errors import ServiceError
 from service.ids import new_id
@@ -28,12 +30,13 @@ BODY_SECONDS = 60.0
 
 
 class RequestContext:
-    """Gives each request an id of our own making and a line in the log, and turns what nobody handled into a 500
-    without internals.
+    """Gives each request an id of our own making, a line in the log and a place in the counts, and turns what nobody
+    handled into a 500 without internals.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, numbers: RequestNumbers) -> None:
         self._app = app
+        self._numbers = numbers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -54,14 +57,16 @@ class RequestContext:
     async def _answer(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
         status: int | None = None
         answered: float | None = None
+        streamed = False
 
         async def send_marked(message: Message) -> None:
-            nonlocal status, answered
+            nonlocal status, answered, streamed
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = request_id
                 headers["X-Content-Type-Options"] = "nosniff"
+                streamed = headers.get("content-type", "").startswith(sse.MEDIA_TYPE)
             await send(message)
             if message["type"] == "http.response.body" and not message.get("more_body", False):
                 answered = time.monotonic()  # background tasks come after it
@@ -80,12 +85,14 @@ class RequestContext:
             response = problem_response(scope, 500, "internal_error", "Something went wrong on the server's side.")
             await response(scope, receive, send_marked)
         finally:
+            seconds = (answered or time.monotonic()) - began
+            self._numbers.count(scope, status, None if streamed else seconds)
             # The path without its query, which may hold what is not for a log.
             fields = {
                 "method": scope["method"],
                 "path": shown(scope["path"]),
                 "status": status,
-                "milliseconds": round(1_000 * ((answered or time.monotonic()) - began), 1),
+                "milliseconds": round(1_000 * seconds, 1),
             }
             access.info("%(method)s %(path)s %(status)s %(milliseconds)s ms", fields, extra={"fields": fields})
 

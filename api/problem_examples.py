@@ -11,6 +11,7 @@ from api.errors import (
     BodyTooLargeError,
     HeadTooLargeError,
     InvalidRequestError,
+    MetricsTokenError,
     UploadStalledError,
     service_problem,
 )
@@ -33,6 +34,7 @@ ERRORS: tuple[ServiceError, ...] = (
         ("file", "model.safetensors"),
     )),
     HeadTooLargeError(65_536),
+    MetricsTokenError(),
     BodyEncodingError(),
     BodyStalledError(60),
     BodyTooLargeError(1_000_000),

@@ -11,10 +11,12 @@ from collections.abc import Iterable, Iterator
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from starlette.types import Scope
 
 from service.telemetry import RunningJob, Snapshot
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+EXAMPLE = '# HELP slimtune_jobs Jobs by status.\n# TYPE slimtune_jobs gauge\nslimtune_jobs{status="queued"} 3.0\n'
 BUCKETS_SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 
 
@@ -34,10 +36,12 @@ class RequestNumbers:
             registry=self.registry,
         )
 
-    def count(self, method: str, route: str | None, status: int, seconds: float) -> None:
-        """One answer. `route` is the path's template, or None where there is none: paths are the clients' own."""
-        self._requests.labels(method, route or "none", str(status)).inc()
-        if route is not None:
+    def count(self, scope: Scope, status: int | None, seconds: float | None) -> None:
+        """One request. `status` is None where its client went away first, `seconds` where its answer is a stream."""
+        # The template of the path, which the router leaves there; paths are the clients' own, and without end.
+        route = getattr(scope.get("route"), "path", None) or "none"
+        self._requests.labels(scope["method"], route, "gone" if status is None else str(status)).inc()
+        if seconds is not None:
             self._seconds.labels(route).observe(seconds)
 
 

@@ -41,7 +41,8 @@ from benchmarks.packing_simulation import (
     without_reservation,
 )
 from benchmarks.page import Target, at_least, at_most, fill, table, targets_table
-from cli.client import Client, Job
+from cli.answers import Job
+from cli.client import Client
 from cli.up import Options, Stack
 from service import packing
 

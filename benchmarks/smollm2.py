@@ -27,7 +27,8 @@ from pydoc_data.topics import topics
 from benchmarks.bench_measure import MIB, ROOT, Record, machine, progress
 from benchmarks.page import Target, at_least, at_most, fill, table, targets_table
 from benchmarks.smollm2_figure import draw
-from cli.client import Client, Job
+from cli.answers import Job
+from cli.client import Client
 from cli.up import Options, Stack
 from worker.environment import trainer_environment
 

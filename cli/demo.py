@@ -15,7 +15,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from cli.client import Client, Dataset, Job, Metric, Plan
+from cli.answers import Dataset, Job, Metric, Plan
+from cli.client import Client
 from cli.live import follow, why
 from cli.plans import show_choice, show_frontier
 from cli.sizes import BYTES_PER_MIB, format_bytes, format_seconds

@@ -13,7 +13,8 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from cli.client import Client, Job
+from cli.answers import Job
+from cli.client import Client
 from cli.live import follow, why
 from cli.output import NOT_SUCCEEDED, URL, Json, Url, console, exits, fail, print_json
 from cli.plans import show_choice, show_frontier
@@ -155,10 +156,15 @@ def watch(job: JobId, url: Url = URL, as_json: Json = False) -> None:
 
 
 @app.command()
-def logs(job: JobId, url: Url = URL, as_json: Json = False) -> None:
+def logs(
+    job: JobId,
+    follow_on: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job is over.")] = False,
+    url: Url = URL,
+    as_json: Json = False,
+) -> None:
     """What happened to a job, one event a line."""
     with exits(as_json=as_json), Client(url) as client:
-        for event in client.events(job):
+        for event in client.watch(job) if follow_on else client.events(job):
             if as_json:
                 typer.echo(json.dumps(event))
             else:

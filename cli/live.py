@@ -14,7 +14,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cli.client import Client, Job, Metric
+from cli.answers import Job, Metric
+from cli.client import Client
 from cli.sizes import format_bytes, format_seconds
 
 AT_REST = ("succeeded", "failed", "cancelled", "paused")

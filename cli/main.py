@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from cli import jobs, keys
-from cli.client import Client, DamagedDownloadError, Sample, ServiceError
+from cli.answers import Sample
+from cli.client import Client, DamagedDownloadError, ServiceError
 from cli.demo import STEPS, DemoError, run_demo
 from cli.doctor import examine
 from cli.output import EXITS, REFUSED, URL, Json, Url, exits, fail, print_json

@@ -366,7 +366,10 @@ class IdempotencyKey(Owned, Base):
 
 class JobEvent(Base):
     __tablename__ = "job_events"
-    __table_args__ = (Index("job_events_job_id_id", "job_id", "id"),)
+    __table_args__ = (
+        Index("job_events_job_id_id", "job_id", "id"),
+        Index("job_events_given_back", "type", postgresql_where=text("type IN ('requeued', 'replanned')")),
+    )
 
     id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
     job_id: Mapped[str] = mapped_column(Id, ForeignKey("jobs.id", ondelete="CASCADE"))

@@ -8,7 +8,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service import webhook_urls
@@ -57,6 +57,8 @@ class Settings(DatabaseSettings):
     authentication: Literal["keys", "none"] | None = None
     """Whether the API asks for keys. None: unless `host`, on which it listens, is a loopback address. Without keys it
     serves this machine alone, wherever it listens."""
+    metrics_token: SecretStr | None = None
+    """What Prometheus sends for /metrics, as a bearer token. None: only this machine may ask."""
     max_upload_bytes: int = Field(default=2 * 1024**3, ge=1)
     """Largest dataset file that the API takes."""
     max_model_bytes: int = Field(default=16 * 1024**3, ge=1)

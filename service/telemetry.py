@@ -1,10 +1,10 @@
-"""The state of the whole service in numbers, for those who operate it: jobs, attempts, devices, all tenants together."""
+"""The state of the whole service in numbers, for who operates it: jobs, attempts, devices, all tenants together."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, Select, func, literal_column, select
 from sqlalchemy.orm import Session
 
 from service import devices
@@ -13,7 +13,7 @@ from service.models import Job, JobEvent
 from service.status import JobStatus
 
 GIVEN_BACK = ("requeued", "replanned")
-"""Events of attempts that ended before their job did; the index job_events_given_back has them."""
+"""Events of attempts that ended before their job did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,22 +49,31 @@ class Snapshot:
 def snapshot(session: Session) -> Snapshot:
     """Read it, with a handful of queries over indexes. The session must be one that sees every tenant."""
     counted = select(Job.status, func.count()).group_by(Job.status)
-    jobs = dict.fromkeys((status.value for status in JobStatus), 0) | dict(session.execute(counted).tuples().all())
     code = Job.error["code"].astext
     failed = select(code, func.count()).where(Job.status == JobStatus.FAILED.value).group_by(code)
     waiting = func.extract("epoch", func.clock_timestamp() - func.min(Job.created_at))
     oldest = session.scalar(select(waiting).where(Job.status == JobStatus.QUEUED.value))
-    reason = func.coalesce(JobEvent.data["reason"].astext, JobEvent.type)
-    given_back = select(reason, func.count()).where(JobEvent.type.in_(GIVEN_BACK)).group_by(reason)
     running = select(Job).where(Job.status == JobStatus.RUNNING.value).order_by(Job.id)
     return Snapshot(
-        jobs=jobs,
-        failures={name or "unknown": count for name, count in session.execute(failed)},
+        jobs=dict.fromkeys((status.value for status in JobStatus), 0) | _counts(session, counted),
+        failures=_counts(session, failed),
         oldest_queued_seconds=max(0.0, float(oldest or 0)),
-        given_back=dict(session.execute(given_back).tuples().all()),
+        given_back=_counts(session, given_back()),
         devices=devices.page(session),
         running=[_running(job) for job in session.scalars(running)],
     )
+
+
+def given_back() -> Select[str, int]:
+    """Reasons and counts. Index job_events_given_back has these events, of the very many that there are."""
+    reason = func.coalesce(JobEvent.data["reason"].astext, JobEvent.type)
+    # No parameters: that the index's condition holds is to be seen from the text.
+    types: list[ColumnElement[str]] = [literal_column(f"'{name}'") for name in GIVEN_BACK]
+    return select(reason, func.count()).where(JobEvent.type.in_(types)).group_by(reason)
+
+
+def _counts(session: Session, query: Select[str, int]) -> dict[str, int]:
+    return {name or "unknown": count for name, count in session.execute(query)}
 
 
 def _running(job: Job) -> RunningJob:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
+import secrets
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
+from pydantic import SecretStr
 from sqlalchemy.exc import SQLAlchemyError
 
+from api import local_only, prometheus
 from api.dependencies import ContextDep
+from api.errors import KeysRequiredError, MetricsTokenError
+from api.problems import documented
 from api.responses import HealthResponse, ReadinessResponse
-from service import calibrations, database, queue
+from service import calibrations, database, queue, telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -36,3 +41,33 @@ def readyz(context: ContextDep, response: Response) -> ReadinessResponse:
     ready = all(checks.values())
     response.status_code = 200 if ready else 503
     return ReadinessResponse.model_validate({"status": "ok" if ready else "unavailable", "checks": checks})
+
+
+@router.get(
+    "/metrics",
+    summary="The service's numbers, for Prometheus",
+    response_class=Response,
+    responses=documented("401 metrics_token_required")
+    | {200: {"content": {prometheus.CONTENT_TYPE: {"schema": {"type": "string"}, "example": prometheus.EXAMPLE}}}},
+)
+def numbers(context: ContextDep, request: Request) -> Response:
+    """Jobs by state, the queue, attempts given back, devices, running jobs against their plans, and this process's
+    requests. For the operator: it is asked with `SLIMTUNE_METRICS_TOKEN` as a bearer token, and without such a setting
+    by this machine alone.
+    """
+    if not _may_see_numbers(request, context.settings.metrics_token):
+        raise MetricsTokenError
+    with database.reading(context.engine) as session:
+        found = telemetry.snapshot(session)
+    return Response(prometheus.exposition(found, context.numbers), media_type=prometheus.CONTENT_TYPE)
+
+
+def _may_see_numbers(request: Request, token: SecretStr | None) -> bool:
+    if token is not None:
+        wanted = f"Bearer {token.get_secret_value()}"
+        return secrets.compare_digest(request.headers.get("authorization", "").encode(), wanted.encode())
+    try:
+        local_only.check(request.scope)
+    except KeysRequiredError:
+        return False
+    return True

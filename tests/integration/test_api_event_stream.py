@@ -27,7 +27,8 @@ from starlette.types import Message
 from api import event_hub, event_stream
 from api.event_hub import EventHub
 from api.event_stream import EventStream
-from cli.client import Client, Event
+from cli.answers import Event
+from cli.client import Client
 from service import database, events, jobs, runs
 from service.database import transaction
 from service.ids import new_id

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cli.client import Client, DamagedDownloadError, FileRecord, ServiceError
+from cli.answers import FileRecord
+from cli.client import Client, DamagedDownloadError, ServiceError
 from cli.main import app
 from tests.unit.scripted_service import Script
 

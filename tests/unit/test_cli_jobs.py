@@ -158,6 +158,9 @@ def test_lists_logs_and_curves_for_people_and_programs(script: Script) -> None:
     assert "290 MiB of 400 MiB" in run(script, "list", "--status", "running").stdout
     assert json.loads(run(script, "list", "--status", "running", "--json").stdout)[0]["id"] == "job_1"
     assert run(script, "logs", "job_1").stdout == "2026-01-01T00:00:00Z queued request_id=r\n"
+    streamed = f"id: 1\nevent: queued\ndata: {json.dumps(event)}\n\nid: 1.end\nevent: end\ndata: {{}}\n\n"
+    script.answers["/jobs/job_1/events"] = (200, "text/event-stream", streamed.encode())
+    assert run(script, "logs", "job_1", "--follow").stdout == run(script, "logs", "job_1").stdout
     assert run(script, "metrics", "job_1").stdout == "step,attempt,loss\n1,1,\n"
     assert json.loads(run(script, "metrics", "job_1", "--json").stdout) == row
 
