@@ -75,7 +75,7 @@ def problem_response(
 def _short(fields: Mapping[str, Any], max_bytes: int) -> dict[str, Any]:
     """The members with texts of at most `MAX_SHOWN` characters, and with the beginning of lists that are too long."""
     kept = {name: _cut(value) for name, value in fields.items()}
-    while len(json.dumps(kept, allow_nan=False)) > max_bytes:
+    while kept and len(json.dumps(kept, allow_nan=False)) > max_bytes:
         name, longest = max(kept.items(), key=lambda item: len(json.dumps(item[1])))
         if not isinstance(longest, list) or len(longest) < 2:
             del kept[name]
