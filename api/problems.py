@@ -14,6 +14,7 @@ MEDIA_TYPE = "application/problem+json"
 MAX_SHOWN = 200
 """The longest piece of a client's input in an answer, in characters."""
 MAX_FIELD_ERRORS = 10
+MAX_PROBLEM_BYTES = 8_000
 
 
 class NestedError(BaseModel):
@@ -60,7 +61,6 @@ def problem_response(
     headers = {**(headers or {}), **_retry_advice(status, code, headers or {})}
     param = None if param is None else shown(param)  # the name of a field may be the client's own
     body = {
-        **(fields or {}),
         "type": f"urn:slimtune:problem:{code}",
         "title": code.replace("_", " ").capitalize(),
         "status": status,
@@ -69,7 +69,28 @@ def problem_response(
         "request_id": scope.get("state", {}).get("request_id"),
         "error": {"message": detail, "type": kind, "code": code, "param": param},
     }
+    body = _short(fields or {}, MAX_PROBLEM_BYTES - len(json.dumps(body))) | body
     return Response(json.dumps(body, allow_nan=False).encode(), status, headers, MEDIA_TYPE)
+
+
+def _short(fields: Mapping[str, Any], max_bytes: int) -> dict[str, Any]:
+    """The members with texts of at most `MAX_SHOWN` characters, and with the beginning of lists that are too long."""
+    kept = {name: _cut(value) for name, value in fields.items()}
+    while kept and len(json.dumps(kept, allow_nan=False)) > max_bytes:
+        name, longest = max(kept.items(), key=lambda item: len(json.dumps(item[1])))
+        if not isinstance(longest, list) or len(longest) < 2:
+            del kept[name]
+        else:
+            kept[name] = longest[: len(longest) // 2]
+    return kept
+
+
+def _cut(value: Any) -> Any:
+    if isinstance(value, str):
+        return value if len(value) <= MAX_SHOWN else value[: MAX_SHOWN - 3] + "..."
+    if isinstance(value, Mapping):
+        return {_cut(name): _cut(item) for name, item in value.items()}
+    return [_cut(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def field_errors(errors: Sequence[tuple[str, str]]) -> dict[str, Any]:

@@ -28,6 +28,15 @@ def _shown(text: str) -> str:
     return text[:80].encode("ascii", "backslashreplace").decode("ascii")
 
 
+MAX_REASON = 200
+"""Characters of a reason that somebody else's program gives: it may repeat what a client sent."""
+
+
+def bounded(text: str) -> str:
+    """At most `MAX_REASON` characters of it."""
+    return text if len(text) <= MAX_REASON else text[: MAX_REASON - 3] + "..."
+
+
 class NotFoundError(ServiceError):
     """There is no such resource: `kind` is `job`, `dataset`, `tokenizer`, `model`, `checkpoint`, `file` or
     `webhook`."""
@@ -116,6 +125,7 @@ class ModelInvalidError(ServiceError):
     param = "file"
 
     def __init__(self, problems: list[dict[str, str]], **fields: Any) -> None:
+        problems = [{name: bounded(text) for name, text in problem.items()} for problem in problems]
         first = problems[0]
         where = " ".join(filter(None, (first.get("file"), first.get("tensor"))))
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -136,7 +146,7 @@ class ModelNotReadyError(ServiceError):
 
     def __init__(self, model_id: str, status: str, error: dict[str, Any] | None) -> None:
         if status == "failed" and error is not None:
-            message, hint = f"{model_id} cannot be used: {error['message']}", error["hint"]
+            message, hint = f"{model_id} cannot be used: {bounded(error['message'])}", error["hint"]
         else:
             message, hint = (
                 f"{model_id} is being converted.",
@@ -254,7 +264,7 @@ class DatasetUnusableError(ServiceError):
 
     def __init__(self, field: str, dataset_id: str, tokenizer: str, error: dict[str, Any]) -> None:
         super().__init__(
-            f"{field} cannot be trained on with {tokenizer}: {error['message']}",
+            f"{field} cannot be trained on with {tokenizer}: {bounded(error['message'])}",
             field=field,
             dataset=dataset_id,
             tokenizer=tokenizer,
@@ -270,6 +280,7 @@ class TokenizerInvalidError(ServiceError):
     code = "tokenizer_invalid"
 
     def __init__(self, reason: str) -> None:
+        reason = bounded(reason)
         super().__init__(
             f"The file {reason}; nothing was stored.",
             reason=reason,
@@ -300,7 +311,7 @@ class TokenizerFailedError(ServiceError):
 
     def __init__(self, tokenizer_id: str, error: dict[str, Any]) -> None:
         super().__init__(
-            f"{tokenizer_id} cannot be used: {error['message']}",
+            f"{tokenizer_id} cannot be used: {bounded(error['message'])}",
             tokenizer=tokenizer_id,
             reason=error,
             hint=error["hint"],

@@ -86,6 +86,8 @@ def send(port: int, attack: Attack) -> Answer:
                 if not (portion := connection.recv(65_536)):
                     break
                 received += portion
+                if received.startswith(b"HTTP/1.1 100"):
+                    del received[: received.find(b"\r\n\r\n") + 4]  # the answer is still to come
     return _parsed(bytes(received))
 
 

@@ -14,8 +14,11 @@ from sqlalchemy import Engine, text
 from starlette.testclient import TestClient
 
 from api.app import create_app
+from api.errors import service_problem
+from api.problem_examples import ERRORS
 from service import calibrations
 from service.database import transaction
+from service.errors import DatasetInUseError, ModelInvalidError, TokenizerFailedError, TokenizerInvalidError
 from service.settings import Settings
 
 JSON = {"content-type": "application/json"}
@@ -86,6 +89,27 @@ def test_the_name_of_an_unknown_field_is_not_repeated_whole(shared_client: TestC
     body = {"model": "performer-tiny", "memory_cap": "4GiB", "sequence_length": 64, "steps": 1, "k" * 100_000: 1}
     problem = check_problem(shared_client.post("/plans", json=body))
     assert len(problem["error"]["param"]) <= 200
+
+
+def test_an_error_is_short_whatever_it_is_about() -> None:
+    long = "\U0001f600" * 100_000
+    many = [f"job_{number:032}" for number in range(1_000)]
+    for error in (
+        ModelInvalidError([{"file": long, "reason": long}] * 1_000),
+        TokenizerInvalidError(long),
+        TokenizerFailedError("tok_1", {"code": "a", "message": long, "hint": "b", "problems": [long] * 100}),
+        DatasetInUseError("ds_1", many, many),
+    ):
+        answer = service_problem({"type": "http"}, error)
+        assert len(answer.body) < 8_192
+        assert json.loads(bytes(answer.body))["detail"].count("\U0001f600") <= 200
+    assert json.loads(bytes(answer.body))["jobs"] == many[: len(json.loads(bytes(answer.body))["jobs"])]
+
+
+def test_no_text_of_ours_is_cut() -> None:
+    assert [
+        error.code for error in ERRORS if '..."' in bytes(service_problem({}, error, log=False).body).decode()
+    ] == []
 
 
 json_values = st.recursive(

@@ -63,6 +63,7 @@ def server(database_url: str, redis_url: str, tmp_path: Path) -> Iterator[Server
         "SLIMTUNE_MAX_UPLOAD_BYTES": str(LIMIT),
     }
     command = [sys.executable, "-m", "uvicorn", "api.app:create_app", "--factory", "--port", str(port)]
+    command += ["--http", "api.protocol:LimitedHttp"]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL) as process:
         try:
             _wait_for(port, process)

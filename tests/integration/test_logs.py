@@ -49,6 +49,7 @@ def api(stage: Stage, **environment: str) -> Iterator[httpx2.Client]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "uvicorn", "api.app:create_app", "--factory", "--port", str(port)]
+    command += ["--http", "api.protocol:LimitedHttp"]
     stage.start("api", command, **environment)
     headers = {"Authorization": f"Bearer {SECRET}", "X-Api-Key": SECRET}
     options: dict[str, Any] = {"headers": headers, "params": {"api_key": SECRET}, "timeout": 30}
