@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from api.schemas import (
+    INTEGER_END,
     MAX_SEQUENCE_LENGTH,
     MEMORY_CAP,
     BatchSize,
@@ -129,7 +130,7 @@ class ExpiresAfter(StrictRequest):
 class CreateUploadRequest(StrictRequest):
     """A file that will come in parts."""
 
-    bytes: int = Field(ge=1, lt=2**63, description="Of the whole file.")
+    bytes: int = Field(ge=1, lt=INTEGER_END, description="Of the whole file.")
     filename: Annotated[Text, Field(min_length=1, max_length=1_000)]
     mime_type: Annotated[Text, Field(max_length=255)] = Field(
         "", description="Not looked at: the name's ending says what it is."
@@ -174,6 +175,7 @@ JOB_EXAMPLES: dict[str, Any] = {
             "training_file": FILE_ID,
             "memory_cap": "1500MiB",
             "method": {"type": "lora", "rank": 8},
+            "sequence_length": 2048,
             "steps": 100,
         },
     },

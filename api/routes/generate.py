@@ -35,7 +35,7 @@ STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream"
         "422 generate_memory_exceeded",
         "422 prompt_too_long",
         "422 chat_template_refused",
-        429,
+        "429 generate_busy",
         "500 generate_failed",
         "500 checkpoint_damaged",
         501,

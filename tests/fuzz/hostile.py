@@ -112,7 +112,7 @@ class Arsenal:
     def _wire(self) -> Attack:
         """Framing that lies, and what is no HTTP."""
         path = self._random.choice((b"/jobs", b"/plans", b"/datasets", b"/tokenizers", b"/models", b"/nothing"))
-        post = b"POST " + path + b" HTTP/1.1\r\nHost: fuzz\r\nContent-Type: application/json\r\n"
+        post = b"POST " + path + b" HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         sent = (
             post + self._random.choice(LIES)
             if self._random.random() < 0.7
