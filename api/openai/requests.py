@@ -80,6 +80,9 @@ def _no_integrations(value: list[Any] | None) -> list[Any] | None:
     return value
 
 
+NoIntegrations = Annotated[list[Any], Field(json_schema_extra={"maxItems": 0})]
+
+
 def _given(value: Any) -> Any:
     if value is None:
         raise ValueError('is required: the most memory that training may hold, as extra_body={"memory_cap": "1GiB"}')
@@ -115,7 +118,7 @@ class CreateJobRequest(TrainingOptions):
     )
     seed: Seed | None = Field(None, description="Default: 0.")
     metadata: Metadata | None = Field(None, max_length=16, description="Up to 16 pairs of your own.")
-    integrations: Annotated[list[Any] | None, AfterValidator(_no_integrations)] = Field(
+    integrations: Annotated[NoIntegrations | None, AfterValidator(_no_integrations)] = Field(
         None, description="None are supported: null or empty."
     )
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body
 from starlette.responses import Response
 
-from api import sampler
+from api import sampler, sse
 from api.dependencies import ContextDep, SessionDep
 from api.errors import InvalidRequestError
 from api.generation import GENERATE_EXAMPLES, GenerateRequest, GenerateResponse
@@ -19,7 +19,7 @@ from service.errors import GenerateUnavailableError
 
 router = APIRouter(prefix="/jobs/{job_id}/generate", tags=["checkpoints"])
 
-STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+STREAM: dict[int | str, dict[str, Any]] = {200: {"content": sse.DOCUMENTED}}
 
 
 @router.post(

@@ -22,7 +22,7 @@ router = APIRouter(prefix="/jobs", tags=["jobs"])
 CSV_COLUMNS = tuple(MetricResponse.model_fields)
 
 STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"content": {sse.MEDIA_TYPE: {"schema": {"type": "string"}}}},
+    200: {"content": sse.DOCUMENTED},
     204: {"description": "The job is over, and `Last-Event-ID` says that the stream was read to its end."},
 }
 
