@@ -27,6 +27,37 @@ CREATED_HEADERS: dict[str, Any] = {
 """Of the answer to a creation, for the OpenAPI document."""
 
 
+CREATION_ERRORS = (
+    400,
+    "404 dataset_not_found",
+    "404 model_not_found",
+    "404 tokenizer_not_found",
+    "409 dataset_not_tokenized",
+    "409 tokenizer_not_ready",
+    "409 model_not_ready",
+    "409 idempotency_key_in_flight",
+    "413 storage_quota_exceeded",
+    "422 invalid_request",
+    "422 memory_cap_infeasible",
+    "422 memory_cap_exceeds_device",
+    "422 dataset_too_small",
+    "422 dataset_unusable",
+    "422 tokenizer_failed",
+    "422 idempotency_key_reused",
+    "429 too_many_jobs",
+)
+"""What a route that creates jobs documents."""
+RESUMPTION_ERRORS = (
+    400,
+    "404 job_not_found",
+    "409 job_state_conflict",
+    "422 invalid_request",
+    "422 memory_cap_infeasible",
+    "422 memory_cap_exceeds_device",
+)
+"""What a route that resumes jobs documents."""
+
+
 @dataclass(frozen=True, slots=True)
 class Creation:
     """A request for a job, in the shape that it came in."""

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from api.access import OPEN_PATHS
+from api.openai.response_examples import OPENAI_EXAMPLES
 from api.openapi_links import add_links
 from api.problem_examples import examples
 from api.problems import Problem, document_problem
@@ -20,6 +21,7 @@ CLOSED = (401, 403, 429)
 OF_BODIES = (408, 413)
 KEY_SCHEME = {"type": "http", "scheme": "bearer", "description": "An API key, `slim_` and 43 characters."}
 REFERENCE = "#/components/schemas/"
+EXAMPLES = {**RESPONSE_EXAMPLES, **OPENAI_EXAMPLES}
 
 
 def document(app: FastAPI, keys_required: bool) -> dict[str, Any]:
@@ -58,6 +60,19 @@ def _complete(method: str, path: str, operation: dict[str, Any]) -> None:
         if "application/json" in responses.get(str(status), {}).get("content", {}):
             continue  # what the route itself says with this status
         document_problem(responses, str(status), status)
+    if path not in OPEN_PATHS and method in WITH_BODY:
+        document_problem(responses, "403", 403, "cross_site_refused")
+    for parameter in operation.get("parameters", ()):
+        _without_null(parameter)
+
+
+def _without_null(parameter: dict[str, Any]) -> None:
+    """Who does not give a parameter leaves it out: in paths, queries and headers there is no null."""
+    schema = parameter["schema"]
+    choices = [choice for choice in schema.get("anyOf", ()) if choice != {"type": "null"}]
+    if len(choices) == 1:
+        del schema["anyOf"]
+        schema.update(choices[0])
 
 
 def _exemplify(response: dict[str, Any]) -> None:
@@ -71,7 +86,9 @@ def _exemplify(response: dict[str, Any]) -> None:
 def example_of(schema: dict[str, Any]) -> Any | None:
     """Of an answer with this schema: of a page, one entry. None if nobody has written one."""
     name = schema.get("$ref", "").removeprefix(REFERENCE)
-    if name.startswith("Page_"):
-        entry = RESPONSE_EXAMPLES.get(name.removeprefix("Page_").removesuffix("_"))
-        return None if entry is None else {"data": [entry], "has_more": False}
-    return RESPONSE_EXAMPLES.get(name)
+    kind, _, of = name.partition("_")
+    entry = EXAMPLES.get(of.removesuffix("_") if kind in {"Page", "ListOf"} else name)
+    if entry is None or kind not in {"Page", "ListOf"}:
+        return entry
+    page = {"data": [entry], "has_more": False}
+    return page if kind == "Page" else {"object": "list", **page, "first_id": entry["id"], "last_id": entry["id"]}

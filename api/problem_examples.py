@@ -9,9 +9,13 @@ from api.errors import (
     BodyEncodingError,
     BodyStalledError,
     BodyTooLargeError,
+    CrossSiteError,
     HeadTooLargeError,
     InvalidRequestError,
+    KeysRequiredError,
     MetricsTokenError,
+    RateLimitedError,
+    UnauthorizedError,
     UploadStalledError,
     service_problem,
 )
@@ -24,6 +28,9 @@ JOB = "job_01936f0e61b27c1f9f4d0a7be4c2d318"
 DATASET = "ds_01936f0e4b7a7c3f8d21c5a0b9e4f617"
 TOKENIZER = "tok_01936f0e57c87a90b3e2d1f60c4a9b85"
 MODEL = "model_01936f0e5c1d7e11a4b3f0c2d8e96a05"
+WEBHOOK = "wh_01936f0e7a1c7b2d8e3f4a5b6c7d8e9f"
+UPLOAD = "upload_01936f0e4a2b7d90a1f3c5b7e9d1f304"
+PART = "part_01936f0e4a9c71e2b4d6f8a0c2e4f607"
 SCOPE = {"state": {"request_id": "req_01936f0e6a9e7d52b6c8e1f3a7d4095b"}}
 
 _FAILED = preparation_error("preparation_crashed", "The process ended with status 1.")
@@ -31,8 +38,12 @@ _FAILED = preparation_error("preparation_crashed", "The process ended with statu
 ERRORS: tuple[ServiceError, ...] = (
     *(errors.NotFoundError(kind, name) for kind, name in (
         ("job", JOB), ("dataset", DATASET), ("tokenizer", TOKENIZER), ("model", MODEL), ("checkpoint", "best"),
-        ("file", "model.safetensors"),
+        ("file", "model.safetensors"), ("webhook", WEBHOOK), ("upload", UPLOAD), ("part", PART),
     )),
+    UnauthorizedError(),
+    KeysRequiredError("this request came through a proxy, which may serve others"),
+    CrossSiteError(),
+    RateLimitedError("This API key allows 600 requests a minute.", 12),
     HeadTooLargeError(65_536),
     MetricsTokenError(),
     BodyEncodingError(),
@@ -72,6 +83,21 @@ ERRORS: tuple[ServiceError, ...] = (
     errors.ChatTemplateRefusedError("The chat template refused the messages."),
     errors.GenerateTimeoutError(60),
     errors.GenerateFailedError("The process that samples ended with status 1."),
+    errors.StorageQuotaExceededError(10_600_000_000, 137_172, 10_600_000_000),
+    errors.TooManyJobsError(8, 8),
+    errors.TooManyStreamsError(256),
+    errors.WebhooksOffError(),
+    errors.WebhookUrlInvalidError("must be http or https with a host, without a user, and a port, if any, in digits"),
+    errors.WebhookUrlNotAllowedError(),
+    errors.TooManyWebhooksError(20),
+    errors.WebhookDisabledError(WEBHOOK, "failing"),
+    errors.UploadStateError(UPLOAD, "add a part to", "completed"),
+    errors.UploadBusyError(UPLOAD),
+    errors.UploadsOpenError(16),
+    errors.UploadMismatchError(
+        "The parts hold 137000 bytes; 137172 were announced.", announced_bytes=137_172, received_bytes=137_000
+    ),
+    errors.ResultFileError("result_01936f0e61b27c1f9f4d0a7be4c2d318_metrics"),
 )  # fmt: skip
 """One of each class that a client may meet; of some classes one for each code."""
 

@@ -302,6 +302,31 @@ SAMPLE: dict[str, Any] = {
     "seed": 7,
 }
 
+WEBHOOK: dict[str, Any] = {
+    "id": "wh_01936f0e7a1c7b2d8e3f4a5b6c7d8e9f",
+    "name": "production",
+    "url": "https://hooks.example.com/slimtune",
+    "events": ["fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled"],
+    "created_at": "2026-11-24T05:10:12.384653Z",
+    "old_secret_until": None,
+    "failing_since": None,
+    "disabled_at": None,
+    "disabled_reason": None,
+}
+
+DELIVERY: dict[str, Any] = {
+    "id": "evt_01936f0e7b3e7a4c9d1e2f3a4b5c6d7e",
+    "type": "fine_tuning.job.succeeded",
+    "status": "delivered",
+    "attempts": 1,
+    "response_status": 200,
+    "error": None,
+    "created_at": "2026-11-24T05:11:02.007315Z",
+    "last_attempt_at": "2026-11-24T05:11:02.913044Z",
+    "next_attempt_at": None,
+    "finished_at": "2026-11-24T05:11:02.913044Z",
+}
+
 RESPONSE_EXAMPLES: dict[str, dict[str, Any]] = {
     "TokenizationResponse": TOKENIZATION,
     "DatasetResponse": DATASET,
@@ -315,6 +340,9 @@ RESPONSE_EXAMPLES: dict[str, dict[str, Any]] = {
     "CheckpointResponse": CHECKPOINT,
     "DeviceResponse": DEVICE,
     "GenerateResponse": SAMPLE,
+    "WebhookResponse": WEBHOOK,
+    "WebhookWithSecret": {**WEBHOOK, "secret": "whsec_EXAMPLEexampleEXAMPLEexampleEXAMPLEexample="},
+    "DeliveryResponse": DELIVERY,
     "HealthResponse": {"status": "ok"},
     "ReadinessResponse": {"status": "ok", "checks": {"database": True, "broker": True, "worker": True}},
 }

@@ -9,6 +9,21 @@ from fastapi.sse import format_sse_event
 from starlette.types import Receive
 
 MEDIA_TYPE = "text/event-stream"
+DOCUMENTED: dict[str, Any] = {
+    MEDIA_TYPE: {
+        "schema": {
+            "type": "object",
+            "description": "Of each event.",
+            "required": ["event", "data"],
+            "properties": {
+                "id": {"type": "string"},
+                "event": {"type": "string"},
+                "data": {"type": "string", "contentMediaType": "application/json"},
+            },
+        }
+    }
+}
+"""What an answer's `content` says of a stream."""
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),

@@ -32,7 +32,7 @@ from service.ids import is_id, new_id
 from service.limits import UNLIMITED, Limits
 from service.models import Dataset, PartUpload, UploadPart
 from service.settings import Settings
-from service.storage import PARTS, Storage, parts_dir
+from service.storage import PARTS, Storage, Upload, parts_dir
 
 MAX_PART_BYTES = 64 * 1024**2
 MAX_PARTS = 10_000
@@ -125,14 +125,17 @@ def remove_parts(files: Storage, upload_id: str) -> None:
 
 
 class PartSink:
-    """One part from its first byte to its row. A block that ends without `store` leaves nothing behind."""
+    """One part from its first byte to its row, as a context manager: before its block nothing is stored, and a block
+    that ends without `store` leaves nothing behind."""
+
+    _file: Upload
 
     def __init__(self, bind: Engine, files: Storage, upload_id: str, tenant: str) -> None:
-        """Raises NotFoundError, UploadStateError, StorageFullError."""
+        """Raises NotFoundError, UploadStateError."""
         self._bind, self._files, self._upload_id, self._tenant = bind, files, upload_id, tenant
         with database.transaction(bind, tenant) as session:
             upload = _open(session, upload_id, "add a part to", lock=False)
-            self._file = files.upload(min(MAX_PART_BYTES, upload.bytes))
+            self._max_bytes = min(MAX_PART_BYTES, upload.bytes)
 
     def write(self, data: bytes) -> None:
         """Take the next bytes. Raises UploadTooLargeError, StorageFullError."""
@@ -163,6 +166,8 @@ class PartSink:
         return part
 
     def __enter__(self) -> Self:
+        """Raises StorageFullError."""
+        self._file = self._files.upload(self._max_bytes)
         return self
 
     def __exit__(

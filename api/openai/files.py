@@ -16,6 +16,7 @@ from api.openai.paging import Limit, page_size
 from api.openai.requests import MAX_EXPIRY_SECONDS, MIN_EXPIRY_SECONDS, ExpiresAfter
 from api.openai.responses import Deleted, FileObject, ListOf, list_of
 from api.problems import documented
+from api.routes.datasets import UPLOAD_ERRORS
 from api.uploads import form_body, receive_upload
 from service import datasets, result_files, uploads
 from service.datasets import DatasetUpload
@@ -26,6 +27,9 @@ from service.result_files import ResultFile
 from service.storage import Storage, dataset_path
 
 router = APIRouter(prefix="/files")
+
+MISSING = ("404 file_not_found", "404 dataset_not_found", "507 disk_full")
+"""A file's, by what its id says that it is; the metrics of a job are written out when they are asked for first."""
 
 ANCHOR, SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 EXPIRY: dict[str, Any] = {
@@ -54,7 +58,7 @@ CONTENT: dict[int | str, dict[str, Any]] = {
     "",
     response_model=FileObject,
     summary="Upload a file",
-    responses=documented(404, 408, 409, 413, 422, 507),
+    responses=documented(*UPLOAD_ERRORS),
     openapi_extra=UPLOAD_BODY,
     dependencies=[HasRoom],
 )
@@ -117,7 +121,7 @@ def _get(session: Session, files: Storage, file_id: str) -> Dataset | ResultFile
     return datasets.get(session, file_id) if is_id("ds", file_id) else result_files.get(session, files, file_id)
 
 
-@router.get("/{file_id}", summary="Get a file", responses=documented(404))
+@router.get("/{file_id}", summary="Get a file", responses=documented(*MISSING))
 def get(file_id: str, session: SessionDep, context: ContextDep) -> FileObject:
     found = _get(session, context.storage, file_id)
     return FileObject.of_dataset(found) if isinstance(found, Dataset) else FileObject.of_result(found)
@@ -127,7 +131,7 @@ def get(file_id: str, session: SessionDep, context: ContextDep) -> FileObject:
     "/{file_id}/content",
     summary="Download a file",
     response_class=Response,
-    responses=documented(400, 404, 416) | CONTENT,
+    responses=documented("400 range_malformed", *MISSING, 416, "500 checkpoint_damaged") | CONTENT,
 )
 def content(file_id: str, session: SessionDep, context: ContextDep) -> Response:
     """The bytes, of an uploaded file as they came. `Range` and `If-Range` work; `ETag` is the SHA-256 in hex."""
@@ -140,7 +144,11 @@ def content(file_id: str, session: SessionDep, context: ContextDep) -> Response:
     return Download(found.path, found.filename, found.bytes, found.sha256)
 
 
-@router.delete("/{file_id}", summary="Delete a file", responses=documented(404, 409))
+@router.delete(
+    "/{file_id}",
+    summary="Delete a file",
+    responses=documented(*MISSING, "409 dataset_in_use", "409 file_is_a_result"),
+)
 def delete(file_id: str, session: SessionDep, context: ContextDep, background: BackgroundTasks) -> Deleted:
     """With its tokens. Refused while a job that is not finished reads it, and for what a job has left."""
     if not is_id("ds", file_id):

@@ -25,7 +25,7 @@ from api.openai.responses import (
 )
 from api.openai.translation import in_openai_names, to_job
 from api.problems import documented
-from api.schemas import IdempotencyKey, ResumeRequest
+from api.schemas import RESUME_EXAMPLES, IdempotencyKey, ResumeRequest
 from service import checkpoints, events, jobs, metrics, result_files
 from service.models import Job
 from service.status import Action
@@ -46,7 +46,8 @@ METADATA_PARAMETER: dict[str, Any] = {
             "schema": {
                 "type": "object",
                 "maxProperties": MAX_METADATA_FILTERS,
-                "additionalProperties": {"type": "string", "maxLength": 512},
+                "propertyNames": {"pattern": r"^[^\]\x00]{1,64}$"},
+                "additionalProperties": {"type": "string", "maxLength": 512, "pattern": r"^[^\x00]*$"},
             },
             "example": {"team": "support"},
         }
@@ -59,7 +60,7 @@ JobId = Annotated[str, Query(pattern="^job_[0-9a-f]{32}$", description="The last
     "",
     response_model=FineTuningJob,
     summary="Create a fine-tuning job",
-    responses=documented(400, 404, 409, 413, 422, 429) | {200: {"headers": job_requests.CREATED_HEADERS}},
+    responses=documented(*job_requests.CREATION_ERRORS) | {200: {"headers": job_requests.CREATED_HEADERS}},
 )
 def create(
     request: Annotated[CreateJobRequest, Body(openapi_examples=JOB_EXAMPLES)],
@@ -112,31 +113,35 @@ def _metadata_filter(request: Request) -> dict[str, str] | None:
     return wanted or ({} if none_at_all else None)
 
 
-@router.get("/{job_id}", summary="Get a fine-tuning job", responses=documented(404))
+@router.get("/{job_id}", summary="Get a fine-tuning job", responses=documented("404 job_not_found"))
 def get(job_id: str, session: SessionDep) -> FineTuningJob:
     return _answer(session, jobs.get(session, job_id))
 
 
-@router.post("/{job_id}/cancel", summary="Cancel a fine-tuning job", responses=documented(404, 409))
+@router.post("/{job_id}/cancel", summary="Cancel a fine-tuning job", responses=documented("404 job_not_found", 409))
 def cancel(job_id: str, session: SessionDep) -> FineTuningJob:
     """At once if it waits; a running job stops within seconds. Asking twice is fine."""
     return _request(session, job_id, "cancel")
 
 
-@router.post("/{job_id}/pause", summary="Pause a fine-tuning job", responses=documented(404, 409))
+@router.post("/{job_id}/pause", summary="Pause a fine-tuning job", responses=documented("404 job_not_found", 409))
 def pause(job_id: str, session: SessionDep) -> FineTuningJob:
     """A running job writes a checkpoint first and goes on from it when resumed. A paused job is `queued` in OpenAI's
     words, with `paused: true`."""
     return _request(session, job_id, "pause")
 
 
-@router.post("/{job_id}/resume", summary="Resume a paused fine-tuning job", responses=documented(400, 404, 409, 422))
+@router.post(
+    "/{job_id}/resume",
+    summary="Resume a paused fine-tuning job",
+    responses=documented(*job_requests.RESUMPTION_ERRORS),
+)
 def resume(
     job_id: str,
     session: SessionDep,
     context: ContextDep,
     background: BackgroundTasks,
-    request: ResumeRequest | None = None,
+    request: Annotated[ResumeRequest | None, Body(openapi_examples=RESUME_EXAMPLES)] = None,
 ) -> FineTuningJob:
     """Queue a paused job again; with a `memory_cap` (`extra_body`), planned anew under it."""
     return _answer(session, job_requests.resume(session, job_id, request, context, background))
@@ -150,7 +155,9 @@ def _answer(session: Session, job: Job) -> FineTuningJob:
     return FineTuningJob.of_row(job, result_files.finals(session, [job]).get(job.id))
 
 
-@router.get("/{job_id}/events", summary="List a fine-tuning job's events", responses=documented(404, 422))
+@router.get(
+    "/{job_id}/events", summary="List a fine-tuning job's events", responses=documented("404 job_not_found", 422)
+)
 def list_events(
     job_id: str,
     session: SessionDep,
@@ -165,7 +172,11 @@ def list_events(
     return list_of([JobEventObject.of_row(row) for row in rows], has_more)
 
 
-@router.get("/{job_id}/checkpoints", summary="List a fine-tuning job's checkpoints", responses=documented(404, 422))
+@router.get(
+    "/{job_id}/checkpoints",
+    summary="List a fine-tuning job's checkpoints",
+    responses=documented("404 job_not_found", 422),
+)
 def list_checkpoints(
     job_id: str,
     session: SessionDep,

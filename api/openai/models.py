@@ -34,7 +34,7 @@ def list_all(
     return list_of(builtins + [ModelObject.of_row(row) for row in rows], has_more)
 
 
-@router.get("/{model_id}", summary="Get a model", responses=documented(404))
+@router.get("/{model_id}", summary="Get a model", responses=documented("404 model_not_found"))
 def get(model_id: str, session: SessionDep) -> ModelObject:
     """By the name of a built-in model or the id of another."""
     if model_id in BUILTIN_MODELS:
@@ -42,7 +42,11 @@ def get(model_id: str, session: SessionDep) -> ModelObject:
     return ModelObject.of_row(base_models.get(session, model_id))
 
 
-@router.delete("/{model_id}", summary="Delete a model", responses=documented(404, 409))
+@router.delete(
+    "/{model_id}",
+    summary="Delete a model",
+    responses=documented("404 model_not_found", "409 model_in_use", "409 model_built_in"),
+)
 def delete(model_id: str, session: SessionDep, context: ContextDep, background: BackgroundTasks) -> Deleted:
     """Of an output, this deletes the checkpoint that it is. Refused while a job that is not finished starts from it."""
     if model_id in BUILTIN_MODELS:

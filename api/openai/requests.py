@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from api.schemas import (
+    INTEGER_END,
     MAX_SEQUENCE_LENGTH,
     MEMORY_CAP,
     BatchSize,
@@ -79,6 +80,9 @@ def _no_integrations(value: list[Any] | None) -> list[Any] | None:
     return value
 
 
+NoIntegrations = Annotated[list[Any], Field(json_schema_extra={"maxItems": 0})]
+
+
 def _given(value: Any) -> Any:
     if value is None:
         raise ValueError('is required: the most memory that training may hold, as extra_body={"memory_cap": "1GiB"}')
@@ -114,7 +118,7 @@ class CreateJobRequest(TrainingOptions):
     )
     seed: Seed | None = Field(None, description="Default: 0.")
     metadata: Metadata | None = Field(None, max_length=16, description="Up to 16 pairs of your own.")
-    integrations: Annotated[list[Any] | None, AfterValidator(_no_integrations)] = Field(
+    integrations: Annotated[NoIntegrations | None, AfterValidator(_no_integrations)] = Field(
         None, description="None are supported: null or empty."
     )
 
@@ -129,7 +133,7 @@ class ExpiresAfter(StrictRequest):
 class CreateUploadRequest(StrictRequest):
     """A file that will come in parts."""
 
-    bytes: int = Field(ge=1, lt=2**63, description="Of the whole file.")
+    bytes: int = Field(ge=1, lt=INTEGER_END, description="Of the whole file.")
     filename: Annotated[Text, Field(min_length=1, max_length=1_000)]
     mime_type: Annotated[Text, Field(max_length=255)] = Field(
         "", description="Not looked at: the name's ending says what it is."
@@ -174,6 +178,7 @@ JOB_EXAMPLES: dict[str, Any] = {
             "training_file": FILE_ID,
             "memory_cap": "1500MiB",
             "method": {"type": "lora", "rank": 8},
+            "sequence_length": 2048,
             "steps": 100,
         },
     },

@@ -23,7 +23,18 @@ PART_BODY = form_body(
 )
 
 
-@router.post("", summary="Begin an upload in parts", responses=documented(400, 413, 422, 429))
+@router.post(
+    "",
+    summary="Begin an upload in parts",
+    responses=documented(
+        400,
+        "413 upload_too_large",
+        "413 storage_quota_exceeded",
+        422,
+        "422 dataset_format_unsupported",
+        "429 too_many_uploads",
+    ),
+)
 def create(
     request: Annotated[CreateUploadRequest, Body(openapi_examples=UPLOAD_EXAMPLES)],
     session: SessionDep,
@@ -39,7 +50,16 @@ def create(
 @router.post(
     "/{upload_id}/parts",
     summary="Add a part",
-    responses=documented(404, 408, 409, 413, 422, 507),
+    responses=documented(
+        "404 upload_not_found",
+        "408 upload_stalled",
+        "409 upload_state_conflict",
+        "413 upload_too_large",
+        "413 storage_quota_exceeded",
+        422,
+        "422 upload_mismatch",
+        507,
+    ),
     openapi_extra=PART_BODY,
     dependencies=[HasRoom],
 )
@@ -51,7 +71,23 @@ async def add_part(upload_id: str, request: Request, context: ContextDep, caller
     return PartObject.of_row(part)
 
 
-@router.post("/{upload_id}/complete", summary="Complete an upload", responses=documented(400, 404, 409, 413, 422, 507))
+@router.post(
+    "/{upload_id}/complete",
+    summary="Complete an upload",
+    responses=documented(
+        400,
+        "404 upload_not_found",
+        "404 part_not_found",
+        "409 upload_state_conflict",
+        "409 upload_being_completed",
+        "413 upload_expands_too_far",
+        "413 storage_quota_exceeded",
+        422,
+        "422 upload_mismatch",
+        "422 dataset_invalid",
+        507,
+    ),
+)
 async def complete(
     upload_id: str,
     request: Annotated[CompleteUploadRequest, Body(openapi_examples=COMPLETE_EXAMPLES)],
@@ -80,7 +116,11 @@ async def complete(
     return await to_thread.run_sync(work, limiter=context.check_limiter)  # it may take a minute
 
 
-@router.post("/{upload_id}/cancel", summary="Cancel an upload", responses=documented(404, 409))
+@router.post(
+    "/{upload_id}/cancel",
+    summary="Cancel an upload",
+    responses=documented("404 upload_not_found", "409 upload_state_conflict", "409 upload_being_completed"),
+)
 def cancel(upload_id: str, session: SessionDep, context: ContextDep, background: BackgroundTasks) -> UploadObject:
     """With its parts. Asking twice is fine."""
     answer = UploadObject.of_row(*part_uploads.cancel(session, upload_id))

@@ -14,6 +14,23 @@ from api.uploads import form_body, receive_upload
 from service import datasets, uploads
 from service.datasets import DatasetUpload
 
+UPLOAD_ERRORS = (
+    "404 tokenizer_not_found",
+    "404 model_not_found",
+    "408 upload_stalled",
+    "409 tokenizer_not_ready",
+    "409 model_not_ready",
+    "413 upload_too_large",
+    "413 upload_expands_too_far",
+    "413 storage_quota_exceeded",
+    "422 dataset_invalid",
+    "422 dataset_format_unsupported",
+    "422 invalid_request",
+    "422 tokenizer_failed",
+    "507 disk_full",
+)
+"""What a route that takes datasets documents."""
+
 router = APIRouter(prefix="/datasets", tags=["datasets"])
 
 UPLOAD_BODY = form_body(
@@ -35,20 +52,7 @@ UPLOAD_BODY = form_body(
     status_code=201,
     response_model=DatasetResponse,
     summary="Upload a dataset",
-    responses=documented(
-        "404 tokenizer_not_found",
-        "404 model_not_found",
-        "408 upload_stalled",
-        "409 tokenizer_not_ready",
-        "409 model_not_ready",
-        "413 upload_too_large",
-        "413 upload_expands_too_far",
-        "422 dataset_invalid",
-        "422 dataset_format_unsupported",
-        "422 invalid_request",
-        "422 tokenizer_failed",
-        507,
-    ),
+    responses=documented(*UPLOAD_ERRORS),
     dependencies=[HasRoom],
     openapi_extra=UPLOAD_BODY,
 )

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body
 from starlette.responses import Response
 
-from api import sampler
+from api import sampler, sse
 from api.dependencies import ContextDep, SessionDep
 from api.errors import InvalidRequestError
 from api.generation import GENERATE_EXAMPLES, GenerateRequest, GenerateResponse
@@ -19,7 +19,7 @@ from service.errors import GenerateUnavailableError
 
 router = APIRouter(prefix="/jobs/{job_id}/generate", tags=["checkpoints"])
 
-STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+STREAM: dict[int | str, dict[str, Any]] = {200: {"content": sse.DOCUMENTED}}
 
 
 @router.post(
@@ -35,7 +35,7 @@ STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream"
         "422 generate_memory_exceeded",
         "422 prompt_too_long",
         "422 chat_template_refused",
-        429,
+        "429 generate_busy",
         "500 generate_failed",
         "500 checkpoint_damaged",
         501,

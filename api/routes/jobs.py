@@ -22,7 +22,7 @@ router = APIRouter(prefix="/jobs", tags=["jobs"])
 CSV_COLUMNS = tuple(MetricResponse.model_fields)
 
 STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"content": {sse.MEDIA_TYPE: {"schema": {"type": "string"}}}},
+    200: {"content": sse.DOCUMENTED},
     204: {"description": "The job is over, and `Last-Event-ID` says that the stream was read to its end."},
 }
 
@@ -32,25 +32,7 @@ STREAM: dict[int | str, dict[str, Any]] = {
     status_code=202,
     response_model=JobResponse,
     summary="Create a job",
-    responses=documented(
-        400,
-        "404 dataset_not_found",
-        "404 model_not_found",
-        "404 tokenizer_not_found",
-        "409 dataset_not_tokenized",
-        "409 tokenizer_not_ready",
-        "409 model_not_ready",
-        "409 idempotency_key_in_flight",
-        "422 invalid_request",
-        "422 memory_cap_infeasible",
-        "422 memory_cap_exceeds_device",
-        "422 dataset_too_small",
-        "422 dataset_unusable",
-        "422 tokenizer_failed",
-        "422 idempotency_key_reused",
-        "429 too_many_jobs",
-    )
-    | {202: {"headers": job_requests.CREATED_HEADERS}},
+    responses=documented(*job_requests.CREATION_ERRORS) | {202: {"headers": job_requests.CREATED_HEADERS}},
 )
 def create(
     request: Annotated[JobRequest, Body(openapi_examples=JOB_EXAMPLES)],
@@ -113,9 +95,7 @@ def pause(job_id: str, session: SessionDep) -> JobResponse:
 @router.post(
     "/{job_id}/resume",
     summary="Resume a paused job",
-    responses=documented(
-        400, "404 job_not_found", 409, 422, "422 memory_cap_infeasible", "422 memory_cap_exceeds_device"
-    ),
+    responses=documented(*job_requests.RESUMPTION_ERRORS),
 )
 def resume(
     job_id: str,

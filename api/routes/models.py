@@ -36,7 +36,14 @@ UPLOAD_BODY = form_body(
     status_code=201,
     response_model=ModelResponse,
     summary="Upload a base model",
-    responses=documented("408 upload_stalled", "413 upload_too_large", "422 model_invalid", "422 invalid_request", 507),
+    responses=documented(
+        "408 upload_stalled",
+        "413 upload_too_large",
+        "413 storage_quota_exceeded",
+        "422 model_invalid",
+        "422 invalid_request",
+        507,
+    ),
     dependencies=[HasRoom],
     openapi_extra=UPLOAD_BODY,
 )

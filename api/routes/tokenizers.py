@@ -67,6 +67,7 @@ BODY["requestBody"]["content"]["application/json"] = {
         "408 upload_stalled",
         "408 body_stalled",
         "413 upload_too_large",
+        "413 storage_quota_exceeded",
         "413 body_too_large",
         "422 invalid_request",
         "422 tokenizer_invalid",

@@ -26,7 +26,20 @@ CREATED: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.post("", status_code=201, summary="Create a webhook", responses=documented(400, 403, 409, 413, 422) | CREATED)
+@router.post(
+    "",
+    status_code=201,
+    summary="Create a webhook",
+    responses=documented(
+        400,
+        "403 webhooks_off",
+        "403 webhook_url_not_allowed",
+        "409 too_many_webhooks",
+        422,
+        "422 webhook_url_invalid",
+    )
+    | CREATED,
+)
 def create(
     request: Annotated[WebhookRequest, Body(openapi_examples=WEBHOOK_EXAMPLES)],
     session: SessionDep,
@@ -53,36 +66,47 @@ def list_page(
     return Page[WebhookResponse](data=[WebhookResponse.model_validate(row) for row in rows], has_more=has_more)
 
 
-@router.get("/{webhook_id}", summary="Get a webhook", responses=documented(404))
+@router.get("/{webhook_id}", summary="Get a webhook", responses=documented("404 webhook_not_found"))
 def get(webhook_id: str, session: SessionDep) -> WebhookResponse:
     return WebhookResponse.model_validate(webhooks.get(session, webhook_id))
 
 
-@router.delete("/{webhook_id}", status_code=204, summary="Delete a webhook", responses=documented(404))
+@router.delete(
+    "/{webhook_id}", status_code=204, summary="Delete a webhook", responses=documented("404 webhook_not_found")
+)
 def delete(webhook_id: str, session: SessionDep) -> None:
     """With its deliveries, sent or not."""
     webhooks.delete(session, webhook_id)
 
 
-@router.post("/{webhook_id}/rotate", summary="Give a webhook a new secret", responses=documented(404))
+@router.post(
+    "/{webhook_id}/rotate", summary="Give a webhook a new secret", responses=documented("404 webhook_not_found")
+)
 def rotate(webhook_id: str, session: SessionDep) -> WebhookWithSecret:
     """For 24 hours everything is signed with the secret before it as well."""
     return WebhookWithSecret.model_validate(webhooks.rotate(session, webhook_id))
 
 
-@router.post("/{webhook_id}/enable", summary="Send to a disabled webhook again", responses=documented(404))
+@router.post(
+    "/{webhook_id}/enable", summary="Send to a disabled webhook again", responses=documented("404 webhook_not_found")
+)
 def enable(webhook_id: str, session: SessionDep) -> WebhookResponse:
     """What happens from now on; what was not sent is not sent later."""
     return WebhookResponse.model_validate(webhooks.enable(session, webhook_id))
 
 
-@router.post("/{webhook_id}/test", status_code=202, summary="Send a test event", responses=documented(404, 409))
+@router.post(
+    "/{webhook_id}/test",
+    status_code=202,
+    summary="Send a test event",
+    responses=documented("404 webhook_not_found", "409 webhook_disabled"),
+)
 def test(webhook_id: str, session: SessionDep) -> DeliveryResponse:
     """`webhook.test`, through the same queue as all others. While one waits to be sent, that one is the answer."""
     return DeliveryResponse.model_validate(webhooks.test(session, webhook_id))
 
 
-@router.get("/{webhook_id}/deliveries", summary="List deliveries", responses=documented(404, 422))
+@router.get("/{webhook_id}/deliveries", summary="List deliveries", responses=documented("404 webhook_not_found", 422))
 def list_deliveries(
     webhook_id: str,
     session: SessionDep,

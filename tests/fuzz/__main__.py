@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.bench_measure import ROOT, machine
 from cli.embedded import EmbeddedServers
 from tests.chaos.arena import migrate
-from tests.fuzz.contract import Verdict, conform
+from tests.fuzz.contract import ENVIRONMENT, Verdict, conform
 from tests.fuzz.live import LiveApi, live_api
 from tests.fuzz.siege import GROWTH_BYTES, MAX_ERROR_BYTES, Outcome, besiege
 
@@ -79,7 +79,7 @@ def an_api(scratch: Path) -> Iterator[tuple[LiveApi, Path]]:
             connection.execute("CREATE DATABASE fuzz")
         url = servers.database_url_of("fuzz")
         migrate(url)
-        with live_api(url, servers.redis_url, scratch) as api:
+        with live_api(url, servers.redis_url, scratch, **ENVIRONMENT) as api:
             yield api, scratch
 
 

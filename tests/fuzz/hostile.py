@@ -33,6 +33,10 @@ HEADERS = (
     "TE",
 )
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "PROPFIND", "get", "QUERY")
+PATHS = (b"/jobs", b"/plans", b"/datasets", b"/models", b"/v1/files", b"/v1/fine_tuning/jobs", b"/nothing")
+"""Of requests whose framing lies."""
+SPARED = {"/jobs/{job_id}/generate", "/v1/uploads/{upload_id}/cancel"}
+"""Never with a real id: to sample takes a process and seconds, and has tests of its own; the upload is for others."""
 
 
 class Arsenal:
@@ -76,6 +80,7 @@ class Arsenal:
         target = self._path(path, {chosen: self._random.choice(TEXTS)})
         query = [parameter["name"] for parameter in operation.get("parameters", []) if parameter["in"] == "query"] + [
             "limit",
+            "metadata[a]",
             "x",
         ]
         if not names or self._random.random() < 0.4:
@@ -101,7 +106,7 @@ class Arsenal:
         return request("header", method, self._path(path), body, chosen, malformed=True)
 
     def _forms(self) -> Attack:
-        return hostile_form(self._random)
+        return hostile_form(self._random, self._ids["upload_id"])
 
     def _files(self) -> Attack:
         return hostile_file(self._random)
@@ -111,8 +116,8 @@ class Arsenal:
 
     def _wire(self) -> Attack:
         """Framing that lies, and what is no HTTP."""
-        path = self._random.choice((b"/jobs", b"/plans", b"/datasets", b"/tokenizers", b"/models", b"/nothing"))
-        post = b"POST " + path + b" HTTP/1.1\r\nHost: fuzz\r\nContent-Type: application/json\r\n"
+        path = self._random.choice(PATHS)
+        post = b"POST " + path + b" HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         sent = (
             post + self._random.choice(LIES)
             if self._random.random() < 0.7
@@ -125,8 +130,8 @@ class Arsenal:
 
         def value(found: re.Match[str]) -> str:
             name = found[1]
-            if name == "job_id" and path.endswith("/generate"):
-                return "job_" + "0" * 32  # to sample takes a process and seconds, and has tests of its own
+            if path in SPARED:
+                return "job_" + "0" * 32
             if hostile and name in hostile:
                 return hostile[name].decode("latin-1")
             return self._ids.get(name, "1")

@@ -21,7 +21,7 @@ from tests.integration.model_files import LLAMA, llama, tokenizer_json, with_hea
 
 EDGE = b"edge"
 FORM = ("Content-Type", "multipart/form-data; boundary=edge")
-UPLOADS = ("/datasets", "/tokenizers", "/models")
+UPLOADS = ("/datasets", "/tokenizers", "/models", "/v1/files", "/v1/uploads/{upload_id}/parts")
 
 NAMES: tuple[bytes, ...] = (
     b"",
@@ -78,11 +78,15 @@ def form(*parts: bytes) -> bytes:
     return b"".join(parts) + b"--edge--\r\n"
 
 
-def hostile_form(random: Random) -> Attack:
-    """A form to one of the routes that take one."""
-    path = random.choice(UPLOADS)
+def hostile_form(random: Random, upload_id: str) -> Attack:
+    """A form to one of the routes that take one; in parts, to the upload."""
+    path = random.choice(UPLOADS).format(upload_id=upload_id)
     kind, make = random.choice(list(FORMS.items()))
     headers, body = make(random)
+    if path == "/v1/files" and random.random() < 0.8:
+        body = part(b"fine-tune", b"purpose", None) + body
+    if path.endswith("/parts"):
+        body = body.replace(b'name="file"', b'name="data"')
     return request(f"form: {kind}", "POST", path, body, headers)
 
 
@@ -91,10 +95,10 @@ def _named(random: Random) -> tuple[list[Any], bytes]:
 
 
 def _field(random: Random) -> tuple[list[Any], bytes]:
-    value = random.choice(
-        (b"\0", b"\xff", MARK.encode() * 400, b"a\r\nb", b"", b"x" * 201, b"\xed\xa0\x80", b"tok_" + b"0" * 32)
-    )
-    name = random.choice((b"name", b"tokenizer", b"other", b"", b"\0", MARK.encode() * 300))
+    values = (b"\0", b"\xff", MARK.encode() * 400, b"a\r\nb", b"", b"x" * 201, b"\xed\xa0\x80", b"tok_" + b"0" * 32)
+    value = random.choice((*values, b"9" * 900))
+    names = (b"name", b"tokenizer", b"purpose", b"expires_after[anchor]", b"expires_after[seconds]", b"other")
+    name = random.choice((*names, b"", b"\0", MARK.encode() * 300))
     return [FORM], form(part(b"hello"), part(value, name, None))
 
 
@@ -294,7 +298,8 @@ def _safetensors() -> tuple[bytes, ...]:
 
 def large(random: Random) -> Attack:
     """50 MB, announced or not."""
-    path = random.choice(("/jobs", "/plans", "/datasets", "/tokenizers", "/models", "/jobs/job_1/cancel"))
+    paths = ("/jobs", "/plans", "/datasets", "/models", "/v1/files", "/v1/uploads/upload_1/parts", "/jobs/job_1/cancel")
+    path = random.choice(paths)
     kind = ("Content-Type", "application/json") if "s" not in path[-1] or random.random() < 0.5 else FORM
     portion, count = b"[" * 500_000, 100
     if random.random() < 0.5:

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx2
+
 from api.problems import MAX_SHOWN, MEDIA_TYPE
-from tests.fuzz.contract import furnish
+from tests.fuzz.contract import HOOK, furnish
 from tests.fuzz.hostile import Arsenal, harmless
 from tests.fuzz.live import LiveApi
 from tests.fuzz.wire import Answer, Attack, send
@@ -40,7 +42,15 @@ class Outcome:
 
 def besiege(api: LiveApi, seed: int, count: int, batch: int = 10) -> Outcome:
     """Send `count` requests; the rows and files are counted after every `batch`."""
-    ids = {"job_id": furnish(api), "step": "3", "name": "config.json", "model_id": "performer-tiny"}
+    job = furnish(api, {})
+    ids = {
+        "job_id": job,
+        "step": "3",
+        "name": "config.json",
+        "model_id": "performer-tiny",
+        "file_id": f"result_{job.removeprefix('job_')}_metrics",
+        **_begun(api),
+    }
     with urllib.request.urlopen(f"{api.url}/openapi.json", timeout=60) as answer:  # noqa: S310  # http, loopback
         document = json.load(answer)
     outcome = Outcome()
@@ -64,6 +74,15 @@ def besiege(api: LiveApi, seed: int, count: int, batch: int = 10) -> Outcome:
     if not api.alive() or send(api.port, harmless()).status != 200:
         outcome.violations.append("the process is gone, or does not answer")
     return outcome
+
+
+def _begun(api: LiveApi) -> dict[str, str]:
+    """A webhook, and an upload that is open."""
+    with httpx2.Client(base_url=api.url) as client:
+        announced = {"filename": "text.txt", "bytes": 2**20, "purpose": "fine-tune"}
+        upload = client.post("/v1/uploads", json=announced).raise_for_status().json()["id"]
+        webhook = client.post("/webhooks", json={"url": HOOK}).raise_for_status().json()["id"]
+    return {"upload_id": upload, "webhook_id": webhook}
 
 
 def _attack(api: LiveApi, attack: Attack, outcome: Outcome) -> bool:

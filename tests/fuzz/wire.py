@@ -53,7 +53,7 @@ class Answer:
 
 def head(method: str, target: str | bytes, headers: Iterable[tuple[str | bytes, str | bytes]] = ()) -> bytes:
     """The head of a request."""
-    lines = [b" ".join([method.encode(), _bytes(target), b"HTTP/1.1"]), b"Host: fuzz"]
+    lines = [b" ".join([method.encode(), _bytes(target), b"HTTP/1.1"]), b"Host: localhost"]
     lines += [_bytes(name) + b": " + _bytes(value) for name, value in headers]
     return b"\r\n".join(lines) + b"\r\n\r\n"
 

@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 from api import errors as api_errors
 from api import sampler
 from api.app import create_app
+from api.openai.requests import COMPLETE_EXAMPLES
 from api.openapi import document as document_of
 from api.problem_examples import ERRORS
 from api.problems import MEDIA_TYPE
@@ -62,7 +63,7 @@ def problems_of(operation: Operation) -> Iterator[str]:
 def test_a_route_is_described_whole(name: str) -> None:
     assert list(problems_of(OPERATIONS[name])) == []
     if "{" in name:
-        assert "404" in OPERATIONS[name]["responses"]
+        assert "not_found" not in OPERATIONS[name]["responses"]["404"]["content"][MEDIA_TYPE]["examples"]
 
 
 def test_every_route_has_an_operation_id_of_its_own() -> None:
@@ -150,6 +151,21 @@ def request_examples() -> list[tuple[str, str, Any]]:
 
 
 @pytest.fixture(scope="module")
+def shared_settings(shared_settings: Settings) -> Settings:
+    return shared_settings.model_copy(update={"webhook_allowed": "https://hooks.example.com/"})
+
+
+def add_upload(client: TestClient) -> dict[str, str]:
+    """An upload of the text whose MD5 the example has, with its two parts."""
+    portions = (b"The quick brown fox ", b"jumps over the lazy dog")
+    announced = {"filename": "fox.txt", "bytes": sum(map(len, portions)), "purpose": "fine-tune"}
+    upload = client.post("/v1/uploads", json=announced).json()["id"]
+    parts = [client.post(f"/v1/uploads/{upload}/parts", files={"data": ("part", portion)}) for portion in portions]
+    named = COMPLETE_EXAMPLES["two parts"]["value"]["part_ids"]
+    return {"upload_": upload, **dict(zip(named, (part.json()["id"] for part in parts), strict=True))}
+
+
+@pytest.fixture(scope="module")
 def ids(shared_client: TestClient, shared_settings: Settings) -> Iterator[dict[str, str]]:
     """Real ids, by what the examples' ids begin with. The job is paused and has a checkpoint."""
     bind, storage = engine(shared_settings), Storage(shared_settings.data_dir)
@@ -163,8 +179,11 @@ def ids(shared_client: TestClient, shared_settings: Settings) -> Iterator[dict[s
     with transaction(bind) as session:
         add_checkpoint(session, storage, claimed, 3)
         session.execute(update(models.Tokenizer).values(status="ready", vocab_size=300, key="a" * 64))
-    yield {"ds_": dataset, "tok_": tokenizer, "job_": job, "model_": model}
+    yield {"ds_": dataset, "tok_": tokenizer, "job_": job, "model_": model} | add_upload(shared_client)
     bind.dispose()
+
+
+PARAMETERS = {"dataset_id": "ds_", "tokenizer_id": "tok_", "job_id": "job_", "upload_id": "upload_"}
 
 
 def pause(settings: Settings, job_id: str) -> None:
@@ -196,7 +215,7 @@ def test_every_example_of_a_request_is_accepted(
 ) -> None:
     monkeypatch.setattr(sampler, "is_available", lambda: False)
     method, path = name.split()
-    for parameter, prefix in (("dataset_id", "ds_"), ("tokenizer_id", "tok_"), ("job_id", "job_")):
+    for parameter, prefix in PARAMETERS.items():
         path = path.replace(f"{{{parameter}}}", ids[prefix])
     if path.endswith("/resume"):
         pause(shared_settings, ids["job_"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz.contract import conform
+from tests.fuzz.contract import ENVIRONMENT, add_key, conform
 from tests.fuzz.live import LiveApi, live_api
 from tests.fuzz.siege import besiege, wrongs
 from tests.fuzz.wire import Answer, Attack, request
@@ -17,16 +17,27 @@ SEED = 1
 
 @pytest.fixture
 def api(database_url: str, redis_url: str, tmp_path: Path) -> Iterator[LiveApi]:
-    with live_api(database_url, redis_url, tmp_path) as running:
+    with live_api(database_url, redis_url, tmp_path, **ENVIRONMENT) as running:
         yield running
 
 
 @pytest.mark.slow
 def test_the_api_does_as_its_document_says(api: LiveApi, tmp_path: Path) -> None:
-    verdict = conform(api, tmp_path, SEED, examples=3, max_seconds=45)
+    """In two runs: of one, whose time is bounded, fuzzing would leave next to nothing for what follows links."""
+    for phases, seconds, cases in (("examples,coverage,fuzzing", 32, 200), ("stateful", 12, 30)):
+        verdict = conform(api, tmp_path, SEED, examples=3, max_seconds=seconds, phases=phases)
+        assert verdict.failures == [], verdict.output
+        assert verdict.cases > cases
+        assert {phase["status"] for phase in verdict.report["phases"].values()} == {"success"}
+
+
+@pytest.mark.slow
+def test_no_route_is_open_without_a_key(database_url: str, redis_url: str, tmp_path: Path) -> None:
+    with live_api(database_url, redis_url, tmp_path, **ENVIRONMENT, SLIMTUNE_AUTHENTICATION="keys") as api:
+        key = add_key(api)
+        verdict = conform(api, tmp_path, SEED, examples=1, phases="fuzzing", checks="ignored_auth", key=key)
     assert verdict.failures == [], verdict.output
-    assert verdict.cases > 200
-    assert {phase["status"] for phase in verdict.report["phases"].values()} == {"success"}
+    assert verdict.cases > 50
 
 
 @pytest.mark.slow
