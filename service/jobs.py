@@ -20,7 +20,6 @@ from service.pages import newest_first
 from service.status import REQUESTS, TERMINAL, Action, Desired, JobStatus
 from service.tokenizers import TokenizerRef
 
-
 _NEW = insert(Job).returning(Job)
 
 
