@@ -6,8 +6,6 @@ itself, or have its own name point there (DNS rebinding); it cannot choose `Host
 
 from __future__ import annotations
 
-from urllib.parse import urlsplit
-
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
@@ -38,7 +36,8 @@ def _from_another_site(headers: Headers) -> bool:
     if headers.get("sec-fetch-site", "none") not in {"none", "same-origin"}:
         return True
     origin = headers.get("origin")
-    return origin is not None and urlsplit(origin).netloc != headers.get("host", "")
+    host = headers.get("host", "")
+    return origin is not None and origin not in {f"http://{host}", f"https://{host}"}
 
 
 def _hostname(host: str) -> str:
