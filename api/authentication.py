@@ -1,7 +1,12 @@
-"""Keys in requests: which are valid, how long that is remembered, and how often somebody may guess."""
+"""Keys in requests: which are valid, how long that is remembered, and what wrong ones may cost.
+
+256 random bits cannot be guessed, however often somebody tries. So wrong keys keep no valid one out, not even one of
+the same address, which may be a proxy's: their limits are for the load that they are.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import math
@@ -24,7 +29,7 @@ REMEMBER_SECONDS = 3.0
 """How long a key stays valid for a process that has seen it, whatever becomes of it."""
 REMEMBERED_KEYS = 10_000
 FAILURES_PER_MINUTE = 60
-"""Keys that one address may get wrong."""
+"""Keys that one address may get wrong before it is told to wait."""
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +50,14 @@ class Authenticator:
         self._noted: dict[str, float] = {}
         """When the database heard last that a key is in use, by its id."""
         self._failures = Rates()
+        self._running: dict[str, asyncio.Task[Caller | None]] = {}
+        """One look in the database for each hash, however many requests wait for it."""
         self._threads = CapacityLimiter(4)
         """Of its own: routes that hold all others may be waiting for the connections that these give back."""
+        self._first_time = CapacityLimiter(2)
+        """For keys that are not known yet: a crowd of them holds nobody up whose key is."""
+        self._after_failures = CapacityLimiter(1)
+        """For those of addresses that got too many wrong: they hold no other address up."""
 
     async def caller(self, scope: Scope) -> Caller:
         """Who has the request's key. Raises UnauthorizedError, RateLimitedError, SQLAlchemyError."""
@@ -60,19 +71,22 @@ class Authenticator:
                 await self._check_again(sha256, known)
             return known.caller
         peer = _peer(scope)
-        turn = self._failures.take(peer, FAILURES_PER_MINUTE)
-        if not turn.allowed:
-            raise RateLimitedError("Too many wrong API keys came from this address.", turn.retry_seconds)
         if scheme.lower() != "bearer" or not keys.is_key(key.strip(" ")):
-            raise UnauthorizedError
-        caller = await self._look_up(sha256)
+            raise self._failure(peer)
+        suspect = not self._failures.has_turn(peer, FAILURES_PER_MINUTE)
+        caller = await self._look_up_once(sha256, self._after_failures if suspect else self._first_time)
         if caller is None:
-            raise UnauthorizedError
-        self._failures.give_back(peer, FAILURES_PER_MINUTE)
+            raise self._failure(peer)
         self._known[sha256] = _Known(caller, monotonic())
         if len(self._known) > REMEMBERED_KEYS:
             self._known.popitem(last=False)
         return caller
+
+    def _failure(self, peer: str) -> UnauthorizedError | RateLimitedError:
+        turn = self._failures.take(peer, FAILURES_PER_MINUTE)
+        if turn.allowed:
+            return UnauthorizedError()
+        return RateLimitedError("Too many wrong API keys came from this address.", turn.retry_seconds)
 
     def to_note(self, caller: Caller) -> str | None:
         """The key to `note`, if the database has not heard of its use for a minute."""
@@ -90,7 +104,7 @@ class Authenticator:
         """Of requests that come meanwhile none waits: what was true a moment ago is for them."""
         before, known.checked_at = known.checked_at, monotonic()
         try:
-            caller = await self._look_up(sha256)
+            caller = await self._look_up(sha256, self._threads)
         except BaseException:
             known.checked_at = before
             raise
@@ -99,8 +113,22 @@ class Authenticator:
             raise UnauthorizedError
         known.caller = caller
 
-    async def _look_up(self, sha256: str) -> Caller | None:
-        return await to_thread.run_sync(self._find, sha256, limiter=self._threads)
+    async def _look_up_once(self, sha256: str, limiter: CapacityLimiter) -> Caller | None:
+        """Goes on for the others if one of the requests that wait for it is given up."""
+        task = self._running.get(sha256)
+        if task is None:
+            task = asyncio.create_task(self._look_up(sha256, limiter))
+            self._running[sha256] = task
+            task.add_done_callback(lambda done: self._ended(sha256, done))
+        return await asyncio.shield(task)
+
+    def _ended(self, sha256: str, task: asyncio.Task[Caller | None]) -> None:
+        del self._running[sha256]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.info("a key was not looked up: %s", error)  # also to those that wait for it, if any still do
+
+    async def _look_up(self, sha256: str, limiter: CapacityLimiter) -> Caller | None:
+        return await to_thread.run_sync(self._find, sha256, limiter=limiter)
 
     def _find(self, sha256: str) -> Caller | None:
         with database.transaction(self._engine) as session:
@@ -122,4 +150,7 @@ def _peer(scope: Scope) -> str:
         address = ipaddress.ip_address(host)
     except ValueError:
         return str(host)
-    return str(address) if address.version == 4 else str(ipaddress.ip_network((int(address) >> 64 << 64, 64)))
+    if isinstance(address, ipaddress.IPv6Address):
+        mapped = address.ipv4_mapped  # how an IPv4 peer looks to a socket for both
+        return str(ipaddress.ip_network((int(address) >> 64 << 64, 64)) if mapped is None else mapped)
+    return str(address)

@@ -62,7 +62,7 @@ class Rates:
         remaining = max(0, math.floor((MINUTE - (full_at - now)) / interval + 1e-6))
         return Turn(allowed, limit, remaining, math.ceil(full_at - now), 0 if allowed else math.ceil(wait))
 
-    def give_back(self, name: str, limit: int) -> None:
-        """The request that was asked for last does not count after all."""
-        if name in self._full_at:
-            self._full_at[name] -= MINUTE / limit
+    def has_turn(self, name: str, limit: int) -> bool:
+        """Whether `take` would be allowed now."""
+        interval = MINUTE / limit
+        return self._full_at.get(name, -math.inf) + interval - monotonic() <= MINUTE * (1 + 1e-9)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -12,12 +14,17 @@ import httpx2
 import pytest
 import sqlalchemy
 from sqlalchemy import Engine, func, select, update
+from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
+from starlette.types import Scope
 
 from api import authentication, rates
 from api.app import create_app
+from api.authentication import Authenticator
+from api.errors import RateLimitedError, UnauthorizedError
 from service import keys, quotas
 from service.database import transaction
+from service.errors import ServiceError
 from service.limits import Limits
 from service.models import ApiKey, Dataset, Job
 from service.settings import Settings
@@ -122,18 +129,116 @@ def test_last_used_is_noted_once_a_minute(
     assert noted() > first
 
 
-def test_keys_cannot_be_guessed_quickly(keyed: TestClient, make_key: MakeKey, clock: list[float]) -> None:
-    known, fresh = make_key(), make_key()
-    assert keyed.get("/jobs", headers=known).status_code == 200
-    wrong = [keyed.get("/jobs", headers={"Authorization": f"Bearer slim_{n:043}"}) for n in range(61)]
-    assert [answer.status_code for answer in wrong] == [401] * 60 + [429]
-    assert problem(wrong[-1], 429, "rate_limited")
-    assert wrong[-1].headers["retry-after"] == "1"
-    problem(keyed.get("/jobs", headers=fresh), 429, "rate_limited")  # else guesses would go on, and be told if right
-    clock[0] += authentication.REMEMBER_SECONDS / 2
-    assert keyed.get("/jobs", headers=known).status_code == 200  # whoever was here before is not kept out
+def asking(headers: dict[str, str], peer: str = "10.0.0.1") -> Scope:
+    sent = [(b"authorization", headers["Authorization"].encode())]
+    return {"type": "http", "headers": sent, "client": (peer, 1)}
+
+
+def wrong(number: int) -> dict[str, str]:
+    return {"Authorization": f"Bearer slim_{number:043}"}
+
+
+def test_wrong_keys_are_slowed_down_and_keep_nobody_out(
+    keyed: TestClient, make_key: MakeKey, clock: list[float]
+) -> None:
+    """The address may be that of a proxy, before everybody."""
+    answers = [keyed.get("/jobs", headers=wrong(number)) for number in range(61)]
+    assert [answer.status_code for answer in answers] == [401] * 60 + [429]
+    assert problem(answers[-1], 429, "rate_limited")
+    assert answers[-1].headers["retry-after"] == "1"
+    assert keyed.get("/jobs", headers={"Authorization": "Bearer no key at all"}).status_code == 429
+    assert keyed.get("/jobs", headers=make_key()).status_code == 200
     clock[0] += 60
-    assert keyed.get("/jobs", headers=fresh).status_code == 200
+    assert keyed.get("/jobs", headers=wrong(0)).status_code == 401
+
+
+def test_of_ipv6_a_network_counts_and_of_ipv4_an_address(bind: Engine) -> None:
+    async def steps() -> None:
+        authenticator = Authenticator(bind)
+
+        async def ask(peer: str) -> str:
+            with pytest.raises(ServiceError) as refused:
+                await authenticator.caller(asking({"Authorization": "Bearer x"}, peer))
+            return refused.value.code
+
+        for peer in ("::ffff:10.0.0.1", "2001:db8::1"):
+            assert {await ask(peer) for _ in range(60)} == {"unauthorized"}
+        assert [await ask(peer) for peer in ("10.0.0.1", "2001:db8::2")] == ["rate_limited"] * 2
+        assert [await ask(peer) for peer in ("::ffff:10.0.0.2", "2001:db8:0:1::1")] == ["unauthorized"] * 2
+
+    asyncio.run(steps())
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The hashes that were asked for in the database."""
+    found, find = list[str](), keys.find
+
+    def noted(session: Session, sha256: str) -> Any:
+        found.append(sha256)
+        return find(session, sha256)
+
+    monkeypatch.setattr(keys, "find", noted)
+    return found
+
+
+def test_a_burst_with_a_new_key_is_one_look_and_nobody_is_refused(
+    bind: Engine, make_key: MakeKey, looks: list[str]
+) -> None:
+    headers = make_key()
+
+    async def steps() -> None:
+        authenticator = Authenticator(bind)
+        given_up = asyncio.create_task(authenticator.caller(asking(headers)))
+        waiting = [asyncio.create_task(authenticator.caller(asking(headers))) for _ in range(100)]
+        await asyncio.sleep(0)  # all of them have begun
+        given_up.cancel()
+        assert {caller.tenant for caller in await asyncio.gather(*waiting)} == {"acme"}
+
+    asyncio.run(steps())
+    assert len(looks) == 1
+
+
+@pytest.mark.parametrize("one_address", [False, True])
+def test_a_crowd_of_wrong_keys_takes_few_threads_and_holds_no_other_up(
+    bind: Engine, make_key: MakeKey, clock: list[float], monkeypatch: pytest.MonkeyPatch, one_address: bool
+) -> None:
+    known, fresh = make_key(), make_key()
+    right = {keys.digest(key["Authorization"].removeprefix("Bearer ")) for key in (known, fresh)}
+    find, held, may_go = keys.find, list[str](), threading.Event()
+
+    def slow(session: Session, sha256: str) -> Any:
+        if sha256 not in right:
+            held.append(sha256)
+            assert may_go.wait(30)
+        return find(session, sha256)
+
+    monkeypatch.setattr(keys, "find", slow)
+
+    async def steps() -> None:
+        authenticator = Authenticator(bind)
+        await authenticator.caller(asking(known))
+        peers = [f"10.0.{0 if one_address else number}.1" for number in range(100)]
+        if one_address:  # which has got so many wrong already
+            for _ in range(60):
+                with pytest.raises(UnauthorizedError):
+                    await authenticator.caller(asking({"Authorization": "Bearer x"}, peers[0]))
+        crowd = [authenticator.caller(asking(wrong(number), peer)) for number, peer in enumerate(peers)]
+        refused = asyncio.gather(*crowd, return_exceptions=True)
+        await asyncio.sleep(0)  # all of them have begun
+        try:
+            for _ in range(5):
+                clock[0] += authentication.REMEMBER_SECONDS + 0.001
+                assert (await authenticator.caller(asking(known))).tenant == "acme"
+            if one_address:
+                assert (await authenticator.caller(asking(fresh, "10.1.0.1"))).tenant == "acme"
+            assert len(held) <= (1 if one_address else 2)
+        finally:
+            may_go.set()
+        assert {type(error) for error in await refused} <= {UnauthorizedError, RateLimitedError}
+
+    asyncio.run(steps())
+    assert len(held) == 100
 
 
 def test_requests_a_minute(keyed: TestClient, make_key: MakeKey, clock: list[float]) -> None:
@@ -262,6 +367,8 @@ def test_without_keys_nobody_else_is(settings: Settings, base: str, headers: dic
         ({"Sec-Fetch-Site": "same-site", "Origin": "http://127.0.0.1:9000"}, True),
         ({"Origin": "https://attacker.example"}, True),
         ({"Origin": "null"}, True),
+        ({"Origin": "http://["}, True),
+        ({"Origin": "127.0.0.1:8000"}, True),
         ({"Sec-Fetch-Site": "same-origin", "Origin": LOCAL}, False),
         ({"Sec-Fetch-Site": "none"}, False),
     ],

@@ -44,10 +44,10 @@ def test_a_crowd_of_names_fills_nothing(clock: list[float]) -> None:
     assert not [turn for turn in (counted.take("address 99", 1) for _ in range(3)) if turn.allowed and turn.remaining]
 
 
-def test_what_is_given_back_does_not_count(clock: list[float]) -> None:
+def test_who_looks_before_takes_nothing(clock: list[float]) -> None:
     counted = Rates()
-    for _ in range(5):
-        assert counted.take("a", 1).allowed
-        counted.give_back("a", 1)
-    assert counted.take("a", 1).allowed
-    assert not counted.take("a", 1).allowed
+    for allowed in (True, True, False):
+        assert [counted.has_turn("a", 2) for _ in range(3)] == [allowed] * 3
+        assert counted.take("a", 2).allowed is allowed
+    clock[0] += MINUTE / 2
+    assert counted.has_turn("a", 2)
