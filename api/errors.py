@@ -107,8 +107,8 @@ class MetricsTokenError(ServiceError):
 
     def __init__(self) -> None:
         super().__init__(
-            "This needs the operator's token, SLIMTUNE_METRICS_TOKEN, as Authorization: Bearer ...; where none is set, "
-            "the service's own machine may ask."
+            "This needs the operator's token, SLIMTUNE_METRICS_TOKEN, as Authorization: Bearer ...; where neither it "
+            "nor an API key is asked for, this machine may ask."
         )
 
 

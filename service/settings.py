@@ -58,7 +58,8 @@ class Settings(DatabaseSettings):
     """Whether the API asks for keys. None: unless `host`, on which it listens, is a loopback address. Without keys it
     serves this machine alone, wherever it listens."""
     metrics_token: SecretStr | None = None
-    """What Prometheus sends for /metrics, as a bearer token. None: only this machine may ask."""
+    """What Prometheus sends for /metrics, as a bearer token. None, or empty: only this machine may ask, and nobody
+    where keys are required."""
     max_upload_bytes: int = Field(default=2 * 1024**3, ge=1)
     """Largest dataset file that the API takes."""
     max_model_bytes: int = Field(default=16 * 1024**3, ge=1)
@@ -102,6 +103,11 @@ class Settings(DatabaseSettings):
 
     webhook_allowed: str = ""
     """Where webhooks may go: URLs with commas between them, each for all that lies below it. None: nowhere."""
+
+    @field_validator("metrics_token")
+    @classmethod
+    def _empty_is_none(cls, token: SecretStr | None) -> SecretStr | None:
+        return token or None
 
     @field_validator("webhook_allowed")
     @classmethod

@@ -6,7 +6,6 @@ import logging
 import secrets
 
 from fastapi import APIRouter, Request, Response
-from pydantic import SecretStr
 from sqlalchemy.exc import SQLAlchemyError
 
 from api import local_only, prometheus
@@ -15,6 +14,7 @@ from api.errors import KeysRequiredError, MetricsTokenError
 from api.problems import documented
 from api.responses import HealthResponse, ReadinessResponse
 from service import calibrations, database, queue, telemetry
+from service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -52,20 +52,22 @@ def readyz(context: ContextDep, response: Response) -> ReadinessResponse:
 )
 def numbers(context: ContextDep, request: Request) -> Response:
     """Jobs by state, the queue, attempts given back, devices, running jobs against their plans, and this process's
-    requests. For the operator: it is asked with `SLIMTUNE_METRICS_TOKEN` as a bearer token, and without such a setting
-    by this machine alone.
+    requests. For the operator: it is asked with `SLIMTUNE_METRICS_TOKEN` as a bearer token. Without such a setting
+    this machine alone may ask, and nobody where API keys are required: a proxy on this machine looks like it.
     """
-    if not _may_see_numbers(request, context.settings.metrics_token):
+    if not _may_see_numbers(request, context.settings):
         raise MetricsTokenError
     with database.reading(context.engine) as session:
         found = telemetry.snapshot(session)
     return Response(prometheus.exposition(found, context.numbers), media_type=prometheus.CONTENT_TYPE)
 
 
-def _may_see_numbers(request: Request, token: SecretStr | None) -> bool:
-    if token is not None:
-        wanted = f"Bearer {token.get_secret_value()}"
+def _may_see_numbers(request: Request, settings: Settings) -> bool:
+    if settings.metrics_token is not None:
+        wanted = f"Bearer {settings.metrics_token.get_secret_value()}"
         return secrets.compare_digest(request.headers.get("authorization", "").encode(), wanted.encode())
+    if settings.keys_required:
+        return False
     try:
         local_only.check(request.scope)
     except KeysRequiredError:

@@ -60,10 +60,17 @@ def test_requests_are_counted_by_their_route(client: TestClient, job: Job) -> No
 
 
 @pytest.mark.parametrize(
-    ("token", "sent", "status"),
-    [(None, None, 200), ("secret", None, 401), ("secret", "other", 401), ("secret", "secret", 200)],
+    ("authentication", "token", "sent", "status"),
+    [
+        ("none", None, None, 200),
+        ("keys", None, None, 401),  # whoever asks may come through a proxy on this machine
+        ("keys", "", "", 401),
+        ("none", "secret", None, 401),
+        ("keys", "secret", "other", 401),
+        ("none", "secret", "secret", 200),
+        ("keys", "secret", "secret", 200),
+    ],
 )
-@pytest.mark.parametrize("authentication", ["none", "keys"])
 def test_the_numbers_are_the_operators(
     settings: Settings, authentication: str, token: str | None, sent: str | None, status: int
 ) -> None:
