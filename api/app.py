@@ -21,6 +21,7 @@ from api.middleware import BodyLimit, RequestContext
 from api.openai import router as openai
 from api.openapi import document
 from api.prometheus import RequestNumbers
+from api.readiness import Readiness
 from api.routes import checkpoints, datasets, devices, generate, health, jobs, models, plans, tokenizers, webhooks
 from api.sampler import Slots
 from api.shutdown import before_the_server_stops
@@ -62,6 +63,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         event_hub=EventHub(engine, settings.event_streams),
         check_limiter=CapacityLimiter(CHECKS_AT_ONCE),
         numbers=RequestNumbers(),
+        readiness=Readiness(engine, producer),
     )
     app = FastAPI(
         title="slimtune", version="0.1.0", description=DESCRIPTION, redirect_slashes=False, lifespan=_lifespan

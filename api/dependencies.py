@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from api.callers import Caller
 from api.event_hub import EventHub
 from api.prometheus import RequestNumbers
+from api.readiness import Readiness
 from api.sampler import Slots
 from api.waker import Waker
 from service import database, quotas
@@ -41,6 +42,7 @@ class Context:
     check_limiter: CapacityLimiter
     """Of the threads that check what was uploaded, each with a process that may take long and much memory."""
     numbers: RequestNumbers
+    readiness: Readiness
 
 
 async def get_context(request: Request) -> Context:

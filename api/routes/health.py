@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
 
 from fastapi import APIRouter, Request, Response
-from sqlalchemy.exc import SQLAlchemyError
 
 from api import local_only, prometheus
 from api.dependencies import ContextDep
 from api.errors import KeysRequiredError, MetricsTokenError
 from api.problems import documented
 from api.responses import HealthResponse, ReadinessResponse
-from service import calibrations, database, queue, telemetry
+from service import database, telemetry
 from service.settings import Settings
-
-logger = logging.getLogger(__name__)
 
 router = APIRouter(tags=["health"])
 
@@ -29,15 +25,11 @@ async def healthz() -> HealthResponse:
 @router.get(
     "/readyz", summary="Can a job run?", responses={503: {"model": ReadinessResponse, "description": "Not yet."}}
 )
-def readyz(context: ContextDep, response: Response) -> ReadinessResponse:
-    """Ready when the database and the broker answer and a worker has reported what its machine can do."""
-    checks = {"database": True, "broker": queue.broker_answers(context.producer), "worker": False}
-    try:
-        with database.transaction(context.engine) as session:
-            checks["worker"] = calibrations.current(session) is not None
-    except SQLAlchemyError as error:  # out of reach, or not migrated yet
-        logger.info("the database is not ready: %s", error)
-        checks["database"] = False
+async def readyz(context: ContextDep, response: Response) -> ReadinessResponse:
+    """Ready when the database and the broker answer and a worker has reported what its machine can do. What is said is
+    up to a second old.
+    """
+    checks = await context.readiness.checks()
     ready = all(checks.values())
     response.status_code = 200 if ready else 503
     return ReadinessResponse.model_validate({"status": "ok" if ready else "unavailable", "checks": checks})

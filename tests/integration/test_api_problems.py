@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sqlalchemy import Engine, text
 from starlette.testclient import TestClient
 
+from api import readiness
 from api.app import create_app
 from api.errors import service_problem
 from api.problem_examples import ERRORS
@@ -192,11 +193,19 @@ def test_every_request_has_its_own_id(shared_client: TestClient) -> None:
     assert all(request_id.startswith("req_") for request_id in ids)
 
 
-def test_ready_means_that_a_job_can_run(client: TestClient, bind: Engine, settings: Settings) -> None:
+def test_ready_means_that_a_job_can_run(
+    client: TestClient, bind: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a second ago: whoever has no key can ask for it as often as they like."""
+    now = [1_000.0]
+    monkeypatch.setattr(readiness, "monotonic", lambda: now[0])
     answer = client.get("/readyz")
     assert (answer.status_code, answer.json()["checks"]) == (503, {"database": True, "broker": True, "worker": False})
     with transaction(bind) as session:
         calibrations.store(session, "cpu", "worker-1", {"threads": 2})
+    now[0] += readiness.REMEMBER_SECONDS
+    assert client.get("/readyz").status_code == 503
+    now[0] += 0.001
     answer = client.get("/readyz")
     assert (answer.status_code, answer.json()["status"]) == (200, "ok")
     away = settings.model_copy(update={"redis_url": "redis+socket:///nowhere/redis.sock"})
