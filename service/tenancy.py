@@ -106,7 +106,8 @@ _of_tenant = functools.lru_cache(maxsize=1_024)(_OfTenant)
 
 @event.listens_for(TenantSession, "do_orm_execute")
 def _restrict(state: ORMExecuteState) -> None:
-    """Also for what relationships and `refresh` load: nothing is passed on from the statement that loaded a row."""
+    """Also for what relationships load: nothing is passed on from the statement that loaded a row. Not for `refresh`,
+    whose row the session has found before, or made."""
     if (state.is_select or state.is_update or state.is_delete) and not state.execution_options.get("every_tenant"):
         session = state.session
         assert isinstance(session, TenantSession)  # noqa: S101  # what the listener is for

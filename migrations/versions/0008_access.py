@@ -1,4 +1,9 @@
-"""Whose everything is, and the keys of who may ask."""
+"""Whose everything is, and the keys of who may ask.
+
+What is there belongs to the tenant `default`. Tokenizers of before count 0 bytes: how large their files are is not in
+the database. A downgrade drops all keys and merges the tenants' datasets, tokenizers and models: an API of before has
+none, and shows everything to everybody. Upgraded again, these are all the `default` tenant's.
+"""
 
 from __future__ import annotations
 
