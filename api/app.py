@@ -72,7 +72,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     authenticator = Authenticator(context.engine) if settings.keys_required else None
     app.add_middleware(Access, authenticator=authenticator)
     app.add_middleware(RequestContext, numbers=context.numbers)
-    for resource in (datasets, tokenizers, models, plans, jobs, checkpoints, generate, webhooks, devices, health):
+    # Paths are tried in this order: what is asked most often first.
+    for resource in (jobs, checkpoints, health, plans, generate, datasets, tokenizers, models, webhooks, devices):
         app.include_router(resource.router)
     app.include_router(openai.router)
     app.openapi = lambda: document(app, settings.keys_required)  # type: ignore[method-assign]  # FastAPI's documented way

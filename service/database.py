@@ -11,7 +11,7 @@ from typing import Any
 
 import sqlalchemy
 from pydantic_core import from_json
-from sqlalchemy import Engine, event
+from sqlalchemy import BigInteger, Engine, event
 from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.orm import Session
 
@@ -122,4 +122,8 @@ def autocommitting(bind: Engine) -> Engine:
 
 def try_lock(session: Session, key: int) -> bool:
     """Take the advisory lock `key` until the transaction ends; False if another session has it."""
-    return bool(session.scalar(sqlalchemy.select(sqlalchemy.func.pg_try_advisory_xact_lock(key))))
+    return bool(session.connection().scalar(_TRY_LOCK, {"key": key}))
+
+
+_KEY = sqlalchemy.bindparam("key", type_=BigInteger())
+_TRY_LOCK = sqlalchemy.select(sqlalchemy.func.pg_try_advisory_xact_lock(_KEY))

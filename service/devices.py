@@ -109,7 +109,7 @@ def check_cap(session: Session, memory_cap_bytes: int) -> None:
 
     Raises MemoryCapExceedsDeviceError.
     """
-    largest = session.scalar(select(func.max(Device.memory_bytes)).where(_heard_within(LIVE_SECONDS)))
+    largest = session.connection().scalar(_LARGEST)
     if largest is not None and memory_cap_bytes > largest:
         raise MemoryCapExceedsDeviceError(memory_cap_bytes, largest)
 
@@ -135,3 +135,6 @@ def reserved_elsewhere(session: Session, device_id: str) -> set[str]:
 
 def _heard_within(seconds: float) -> ColumnElement[bool]:
     return Device.updated_at > func.clock_timestamp() - timedelta(seconds=seconds)
+
+
+_LARGEST = select(func.max(Device.memory_bytes)).where(_heard_within(LIVE_SECONDS))

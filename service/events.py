@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import func, insert, literal, select, text
+from sqlalchemy import Table, func, insert, literal, select, text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
@@ -41,6 +41,9 @@ class News:
     """Oldest first."""
 
 
+_INSERT = insert(cast("Table", JobEvent.__table__))
+
+
 def record(session: Session, job_id: str, attempt: int, event_type: str, data: dict[str, Any] | None = None) -> None:
     """Add an event. Not fenced: a run writes through `runs.add_event`.
 
@@ -64,7 +67,7 @@ def record_first(session: Session, job_id: str, events: Sequence[tuple[str, dict
     """The first events of a job whose row this transaction has made, in this order: types and their data."""
     of = {"job_id": job_id, "attempt": 0}
     rows = [{**of, "type": event_type, "data": clean_json(data)} for event_type, data in events]
-    session.execute(insert(JobEvent).values(rows))
+    session.connection().execute(_INSERT, rows)
 
 
 def newest(session: Session, job_id: str, before: int | None, limit: int) -> tuple[list[JobEvent], bool]:

@@ -11,9 +11,9 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import delete, func, select, tuple_
+from sqlalchemy import Table, bindparam, delete, func, select, tuple_
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -55,18 +55,13 @@ def once(
     if not database.try_lock(session, _lock_of(tenant, key)):
         raise IdempotencyKeyInFlightError
     request_sha256 = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
-    mine = (IdempotencyKey.tenant == tenant, IdempotencyKey.key == key)
-    known = session.scalars(select(IdempotencyKey).where(*mine, ~_expired())).one_or_none()
+    # Past the ORM, and so restricted to the tenant here.
+    connection, mine = session.connection(), {"tenant": tenant, "key": key}
+    known = connection.execute(_KNOWN, mine).one_or_none()
     if known is None:
         created = create()
         values = {"request_sha256": request_sha256, "job_id": created.job_id, "answer": created.answer}
-        new = insert(IdempotencyKey).values(tenant=tenant, key=key, **values)
-        # There may be one that has expired.
-        session.execute(
-            new.on_conflict_do_update(
-                index_elements=[IdempotencyKey.tenant, IdempotencyKey.key], set_={**values, "created_at": func.now()}
-            )
-        )
+        connection.execute(_STORE, {**mine, **values})
         return created
     if known.request_sha256 != request_sha256:
         raise IdempotencyKeyReusedError
@@ -88,3 +83,14 @@ def _lock_of(tenant: str, key: str) -> int:
     """A key of 64 bits for an advisory lock."""
     digest = hashlib.sha256(json.dumps([tenant, key]).encode()).digest()
     return int.from_bytes(digest[:8], signed=True)
+
+
+_KEYS = cast("Table", IdempotencyKey.__table__)
+_KNOWN = select(_KEYS.c.request_sha256, _KEYS.c.job_id, _KEYS.c.answer).where(
+    _KEYS.c.tenant == bindparam("tenant"), _KEYS.c.key == bindparam("key"), ~_expired()
+)
+_NEW = insert(_KEYS)
+_STORE = _NEW.on_conflict_do_update(  # there may be one that has expired
+    index_elements=[_KEYS.c.tenant, _KEYS.c.key],
+    set_={name: _NEW.excluded[name] for name in ("request_sha256", "job_id", "answer", "created_at")},
+)

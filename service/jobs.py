@@ -20,6 +20,8 @@ from service.pages import newest_first
 from service.status import REQUESTS, TERMINAL, Action, Desired, JobStatus
 from service.tokenizers import TokenizerRef
 
+_NEW = insert(Job).returning(Job)
+
 
 def create(
     session: Session,
@@ -50,29 +52,29 @@ def create(
             tokenizations.request(session, identifier, tokenizer)
     if base_model_id is not None:
         base_models.get(session, base_model_id, keep=True)
-    new = insert(Job).values(
-        id=new_id("job"),
-        name=spec.get("name"),
-        status=JobStatus.QUEUED.value,
-        desired=Desired.RUN.value,
-        spec=spec,
-        train=train,
-        model_config=model_config,
-        plan=plan,
-        memory_cap_bytes=memory_cap_bytes,
-        dataset_id=dataset_id,
-        validation_dataset_id=validation_dataset_id,
-        base_model_id=base_model_id,
-        model=spec["model"],
-        total_steps=train["steps"],
-        predicted_peak_bytes=plan["predicted_peak_bytes"],
-        job_metadata=spec.get("metadata") or {},
-        tenant=tenant or database.tenant_of(session),
-        tokenizer_key=tokenizer.key,
-        tokenizer_path=tokenizer.path,
-        tokenizer_id=tokenizer.name if is_id("tok", tokenizer.name) else None,
-    )
-    job = session.scalars(new.returning(Job)).one()
+    values = {
+        "id": new_id("job"),
+        "name": spec.get("name"),
+        "status": JobStatus.QUEUED.value,
+        "desired": Desired.RUN.value,
+        "spec": spec,
+        "train": train,
+        "model_config": model_config,
+        "plan": plan,
+        "memory_cap_bytes": memory_cap_bytes,
+        "dataset_id": dataset_id,
+        "validation_dataset_id": validation_dataset_id,
+        "base_model_id": base_model_id,
+        "model": spec["model"],
+        "total_steps": train["steps"],
+        "predicted_peak_bytes": plan["predicted_peak_bytes"],
+        "job_metadata": spec.get("metadata") or {},
+        "tenant": tenant or database.tenant_of(session),
+        "tokenizer_key": tokenizer.key,
+        "tokenizer_path": tokenizer.path,
+        "tokenizer_id": tokenizer.name if is_id("tok", tokenizer.name) else None,
+    }
+    job = session.scalars(_NEW, [values]).one()
     queued = {} if request_id is None else {"request_id": request_id}
     planned = ("chunk_length", "num_chunks", "state_policy", "micro_batch_size", "predicted_peak_bytes", "reason")
     planned_as = {name: plan[name] for name in planned if name in plan}

@@ -174,4 +174,4 @@ def list_events(
     if dot and status in TERMINAL:
         return Response(status_code=204)
     heartbeat_seconds = context.settings.event_heartbeat_seconds
-    return EventStream(context.event_hub, job_id, int(number), newest, heartbeat_seconds)
+    return EventStream(context.event_hub, caller.tenant, job_id, int(number), newest, heartbeat_seconds)

@@ -55,11 +55,18 @@ def add_job(
     steps: int = 10,
     **spec: Any,
 ) -> Job:
-    defaults = {"name": "a job", "model": "performer-tiny", "dataset": dataset_id, "keep": keep, "metadata": {}}
+    defaults = {
+        "name": "a job",
+        "model": "performer-tiny",
+        "dataset": dataset_id,
+        "keep": keep,
+        "steps": steps,
+        "metadata": {},
+    }
     with transaction(bind) as session:
         return jobs.create(
             session,
-            spec={**defaults, **spec},
+            spec={**defaults, "steps": steps, **spec},
             **planned(steps),
             memory_cap_bytes=memory_cap_bytes,
             dataset_id=dataset_id,

@@ -59,13 +59,15 @@ def test_who_never_finishes_is_not_waited_for(api: LiveApi) -> None:
     """The limits are the real ones, made short."""
     address = ("127.0.0.1", api.port)
     with socket.create_connection(address) as silent, socket.create_connection(address) as slow:
-        slow.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Long: ")
+        slow.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Long: ")
         assert everything(slow).startswith(b"HTTP/1.1 408 ")
         assert everything(silent).startswith(b"HTTP/1.1 408 ")
     for head in (b"POST /jobs", b"POST /jobs/job_1/cancel", b"DELETE /jobs", b"POST /tokenizers", b"POST /datasets"):
         form = b"multipart/form-data; boundary=x" if b"datasets" in head else b"application/json"
         with socket.create_connection(address) as slow:
-            slow.sendall(head + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nContent-Type: " + form + b"\r\n\r\n-")
+            slow.sendall(
+                head + b" HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\nContent-Type: " + form + b"\r\n\r\n-"
+            )
             answer = everything(slow)
         assert answer.startswith(b"HTTP/1.1 408 "), head
         assert b'"code": "upload_stalled"' in answer or b'"code": "body_stalled"' in answer
@@ -73,7 +75,7 @@ def test_who_never_finishes_is_not_waited_for(api: LiveApi) -> None:
 
 def test_a_head_without_end_takes_no_memory(api: LiveApi) -> None:
     with socket.create_connection(("127.0.0.1", api.port)) as flood:
-        flood.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Long: ")
+        flood.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Long: ")
         before, sent = api.resident_bytes(), 0
         try:
             while sent < 256 * 1024**2:
