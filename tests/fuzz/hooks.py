@@ -13,7 +13,7 @@ from schemathesis.core.failures import Failure
 from schemathesis.core.transport import Response
 from schemathesis.generation.case import Case
 from schemathesis.hooks import HookContext
-from schemathesis.openapi.checks import RejectedPositiveData
+from schemathesis.openapi.checks import EnsureResourceAvailability, RejectedPositiveData
 
 from tests.integration.model_files import llama, tokenizer_json
 
@@ -82,7 +82,10 @@ def after_call(context: HookContext, case: AnyCase, response: Response) -> None:
 
 @schemathesis.hook
 def filter_failure(context: HookContext, failure: Failure, case: AnyCase, response: Response) -> bool:
-    """Keep every failure but of a request whose schema could not have said why it is refused."""
+    """Keep every failure but of a request whose schema could not have said why it is refused, and that a job which was
+    just made has no checkpoint."""
+    if isinstance(failure, EnsureResourceAvailability):
+        return bool(json.loads(response.content)["code"] != "checkpoint_not_found")
     if not isinstance(failure, RejectedPositiveData):
         return True
     problem = json.loads(response.content)
