@@ -57,11 +57,13 @@ def furnish(api: LiveApi) -> str:
     return str(job)
 
 
-def conform(api: LiveApi, folder: Path, seed: int, *, examples: int, max_seconds: int | None = None) -> Verdict:
+def conform(
+    api: LiveApi, folder: Path, seed: int, *, examples: int, max_seconds: int | None = None, phases: str = PHASES
+) -> Verdict:
     """Run it; `examples` is the most per route and phase, `max_seconds` ends the run whatever it has got to."""
     report = folder / "schemathesis.json"
     command = [
-        sys.executable, "-m", "schemathesis.cli", "run", f"{api.url}/openapi.json", "--phases", PHASES,
+        sys.executable, "-m", "schemathesis.cli", "run", f"{api.url}/openapi.json", "--phases", phases,
         "--seed", str(seed), "--max-examples", str(examples), "--checks", "all", "--continue-on-failure", "--no-shrink",
         "--report", "json", "--report-json-path", str(report), "--request-timeout", "30",
     ]  # fmt: skip
