@@ -15,7 +15,7 @@ from schemathesis.core.failures import Failure
 from schemathesis.core.transport import Response
 from schemathesis.generation.case import Case
 from schemathesis.hooks import HookContext
-from schemathesis.openapi.checks import RejectedPositiveData
+from schemathesis.openapi.checks import EnsureResourceAvailability, RejectedPositiveData
 
 from api.problems import MEDIA_TYPE
 from tests.fuzz.contract import HOOK
@@ -142,10 +142,13 @@ def code_is_documented(context: CheckContext, response: Response, case: AnyCase)
 
 @schemathesis.hook
 def filter_failure(context: HookContext, failure: Failure, case: AnyCase, response: Response) -> bool:
-    """Keep every failure but of a request whose schema could not have said why it is refused."""
-    if not isinstance(failure, RejectedPositiveData):
+    """Keep every failure but of a request whose schema could not have said why it is refused, or that asked for more
+    than what was just made."""
+    if not isinstance(failure, RejectedPositiveData | EnsureResourceAvailability):
         return True
     problem = json.loads(response.content)
+    if isinstance(failure, EnsureResourceAvailability):
+        return problem["code"] not in {"checkpoint_not_found", "part_not_found"}
     if problem["code"] not in SCHEMA_SAYS_ALL:
         return False
     if _has_whole_float(case.body):  # 5.0 is an integer of JSON Schema; we read it as it is written
