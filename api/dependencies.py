@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from api.callers import Caller
 from api.event_hub import EventHub
+from api.looks import Looks
 from api.prometheus import RequestNumbers
 from api.sampler import Slots
 from api.waker import Waker
@@ -38,6 +39,7 @@ class Context:
     waker: Waker
     sampler_slots: Slots
     event_hub: EventHub
+    looks: Looks
     check_limiter: CapacityLimiter
     """Of the threads that check what was uploaded, each with a process that may take long and much memory."""
     numbers: RequestNumbers
