@@ -63,7 +63,7 @@ up: $(INSTALLED)
 	@$(BIN)/slimtune up
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # Exit code 5 of pytest: nothing was collected.
 test-extra: $(INSTALLED_EXTRA)

@@ -17,6 +17,7 @@ from api.access import Access
 from api.authentication import Authenticator
 from api.dependencies import Context
 from api.event_hub import EventHub
+from api.looks import Looks
 from api.middleware import BodyLimit, RequestContext
 from api.openai import router as openai
 from api.openapi import document
@@ -61,6 +62,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         waker=Waker(producer),
         sampler_slots=Slots(settings.generate_slots),
         event_hub=EventHub(engine, settings.event_streams),
+        looks=Looks(engine),
         check_limiter=CapacityLimiter(CHECKS_AT_ONCE),
         numbers=RequestNumbers(),
         readiness=Readiness(engine, producer),

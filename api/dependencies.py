@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from api.callers import Caller
 from api.event_hub import EventHub
+from api.looks import Looks
 from api.prometheus import RequestNumbers
 from api.readiness import Readiness
 from api.sampler import Slots
@@ -39,6 +40,7 @@ class Context:
     waker: Waker
     sampler_slots: Slots
     event_hub: EventHub
+    looks: Looks
     check_limiter: CapacityLimiter
     """Of the threads that check what was uploaded, each with a process that may take long and much memory."""
     numbers: RequestNumbers

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -73,7 +73,7 @@ class EventHub:
     def __init__(self, bind: Engine, limit: int) -> None:
         self._bind = bind
         self._limit = limit
-        self._taken = 0
+        self._taken: Counter[str] = Counter()
         self._watches: dict[str, Watch] = {}
         self._poller: asyncio.Task[None] | None = None
         self._asking = CapacityLimiter(1)
@@ -83,18 +83,21 @@ class EventHub:
 
     @property
     def streams(self) -> int:
-        return self._taken
+        return self._taken.total()
 
     @contextmanager
-    def place(self) -> Iterator[None]:
-        """Of one stream. Raises TooManyStreamsError."""
-        if self._taken >= self._limit:
+    def place(self, tenant: str) -> Iterator[None]:
+        """Of one stream. A tenant has half of the places at most. Raises TooManyStreamsError."""
+        if self.streams >= self._limit:
             raise TooManyStreamsError(self._limit)
-        self._taken += 1
+        if self._taken[tenant] >= (share := (self._limit + 1) // 2):
+            raise TooManyStreamsError(share)
+        self._taken[tenant] += 1
         try:
             yield
         finally:
-            self._taken -= 1
+            self._taken[tenant] -= 1
+            self._taken += Counter()  # who has none left is forgotten
 
     @contextmanager
     def watching(self, job_id: str, newest: int) -> Iterator[Watch]:

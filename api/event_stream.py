@@ -29,10 +29,13 @@ END = ".end"
 class EventStream(Response):
     """The answer. Its place is taken when it is sent, and given back when the client goes away."""
 
-    def __init__(self, hub: EventHub, job_id: str, after: int, newest: int, heartbeat_seconds: float) -> None:
+    def __init__(
+        self, hub: EventHub, tenant: str, job_id: str, after: int, newest: int, heartbeat_seconds: float
+    ) -> None:
         """`after` is the last event that the client has, `newest` the last one that there was."""
         super().__init__()
         self._hub = hub
+        self._tenant = tenant
         self._job_id = job_id
         self._last = min(after, newest)
         self._newest = newest
@@ -40,7 +43,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  # ASGI's
         """Raises TooManyStreamsError before anything is sent, ClientDisconnect when the client went away."""
-        with self._hub.place():
+        with self._hub.place(self._tenant):
             work = asyncio.create_task(self._send(send))
             gone = asyncio.create_task(sse.disconnected(receive))
             try:

@@ -16,8 +16,8 @@ MAKERS = (
     ("job_id", "/v1/fine_tuning/jobs", "/v1/fine_tuning/jobs"),
 )
 """A path parameter, the path whose POST answers with a value for it as `id`, and where the routes lie that take it."""
-LATER = frozenset({"/jobs/{job_id}/generate"})
-"""Routes that need more than what was just made: a new job has no checkpoint."""
+LATER = frozenset({"/jobs/{job_id}/generate", "/v1/uploads/{upload_id}/complete"})
+"""Routes that need more than what was just made: a new job has no checkpoint, a new upload no part."""
 
 
 def add_links(document: dict[str, Any]) -> None:

@@ -10,8 +10,9 @@ _FACTORS = {
     **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", start=1)},
     **{f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", start=1)},
 }
-_NUMBERS = {"": 18, "k": 15, "m": 12, "g": 9, "t": 6}
-"""Digits before the point, by the first letter of the unit: more would be no size of any memory."""
+_NUMBERS = {"": 15, "k": 12, "m": 9, "g": 6, "t": 3}
+"""Digits before the point, by the first letter of the unit: what has more is no size of any memory, and may be an
+integer that not every reader of JSON has as it is."""
 SIZE_PATTERN = (
     r"^(0\.[0-9]{0,2}[1-9][0-9]{0,6} ?[kKmMgGtT][iI]?[bB]|"
     + "|".join(

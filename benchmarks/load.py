@@ -97,11 +97,12 @@ def main() -> None:
     print(f"written: {page} and {path}")
 
 
-def measured(size: Size) -> Record:
-    """Everything, on a service that is started for it."""
+def measured(size: Size, prepare: Callable[[Path], None] = lambda _: None) -> Record:
+    """Everything, on a service that is started for it, in a folder that `prepare` may have made ready."""
     began, load = time.monotonic(), os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="load-", dir="/tmp") as scratch:  # a short path, for sockets
         home = Path(scratch)
+        prepare(home)
         with running_service(home) as service, Client(service.url) as client:
             request = {**JOB, "sequence_length": size.sequence_length, "dataset": upload(client, home)}
             template = client.create_job({**request, "name": "template"})["id"]

@@ -230,22 +230,27 @@ class Client:
         ServiceError also where the service did not come back for `AWAY_SECONDS`.
         """
         last = str(after)
-        deadline = time.monotonic() + AWAY_SECONDS
+        heard = time.monotonic()
+
+        def alive() -> None:
+            nonlocal heard
+            heard = time.monotonic()
+
         while True:
             try:
-                for identifier, event in self._events(job_id, last):
-                    deadline = time.monotonic() + AWAY_SECONDS
+                for identifier, event in self._events(job_id, last, alive):
                     if event is None:
                         return
                     yield event
                     last = identifier
             except ServiceError as error:
-                if error.status not in LOST | {429} or time.monotonic() > deadline:
+                if error.status not in LOST | {429} or time.monotonic() > heard + AWAY_SECONDS:
                     raise
             time.sleep(REPEAT_PAUSES_SECONDS[-1])
 
-    def _events(self, job_id: str, last: str) -> Iterator[tuple[str, Event | None]]:
-        """Ids and events of one stream, until it breaks off; None is the end."""
+    def _events(self, job_id: str, last: str, alive: Callable[[], None]) -> Iterator[tuple[str, Event | None]]:
+        """Ids and events of one stream, until it breaks off; None is the end. `alive` is called for every line, the
+        heartbeats among them."""
         path = f"/jobs/{job_id}/events"
         headers = {"Accept": "text/event-stream", "Last-Event-ID": last}
         timeout = httpx2.Timeout(self._http.timeout.connect, read=QUIET_SECONDS)
@@ -256,6 +261,7 @@ class Client:
                     _raise_for_problem(response)
                 fields: dict[str, str] = {}
                 for line in response.iter_lines():
+                    alive()
                     name, _, value = line.partition(": ")
                     fields[name] = value
                     if not line:

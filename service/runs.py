@@ -380,8 +380,6 @@ def _give_back(
 ) -> Job:
     status = _resting_status(job.desired, JobStatus.QUEUED)
     data: dict[str, Any] = {"reason": reason, "failures": failures, "step": job.step}
-    if error is not None:
-        data["error"] = error
     if _is_full_disk(error) and status is not JobStatus.CANCELLED:
         status = JobStatus.PAUSED
         values |= {"desired": Desired.PAUSE.value, "error": clean_json(error)}
@@ -391,6 +389,11 @@ def _give_back(
         message = f"{failures} attempts in a row ended without a new checkpoint ({reason}).{cause}"
         hint = (error or {}).get("hint")
         values["error"] = clean_json(job_error("attempts_exhausted", message, job.step, hint, cause=error))
+    if status is JobStatus.QUEUED:
+        data["error"] = error  # of the attempt
+    else:  # of the job: one that rests because it was asked to has none
+        data |= {"error": values.get("error"), "cause": error if "error" not in values else None}
+    data = {name: value for name, value in data.items() if value is not None}
     given_back = _leave_running(session, job, status, {**values, "failures": failures})
     events.record(session, job.id, job.attempt, "requeued" if status is JobStatus.QUEUED else status.value, data)
     return given_back

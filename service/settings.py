@@ -96,7 +96,7 @@ class Settings(DatabaseSettings):
     """After which a sample ends."""
     generate_threads: int = Field(default=1, ge=1)
 
-    event_streams: int = Field(default=256, ge=1, le=100_000)
+    event_streams: int = Field(default=512, ge=1, le=100_000)
     """Streams of events that this API has open at once, at most."""
     event_heartbeat_seconds: float = Field(default=15, gt=0, le=3_600, allow_inf_nan=False)
     """Silence after which a stream of events sends a comment."""

@@ -110,7 +110,7 @@ def enable(session: Session, webhook_id: str) -> Webhook:
 
 
 def test(session: Session, webhook_id: str) -> WebhookDelivery:
-    """Have a `webhook.test` event sent; one that is still to be sent is not joined by another.
+    """Have a `webhook.test` event sent; one that is still to be sent is sent now, and not joined by another.
 
     Raises NotFoundError, WebhookDisabledError.
     """
@@ -130,6 +130,8 @@ def test(session: Session, webhook_id: str) -> WebhookDelivery:
         session.add(delivery)
         session.flush()
         session.refresh(delivery)
+    else:  # the tenant may have mended the receiver since
+        delivery.next_attempt_at = session.scalars(select(func.now())).one()
     return delivery
 
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import redis
+import sqlalchemy
 
 from cli.embedded import EmbeddedServers
+from service import calibrations
+from service.database import transaction
+from service.settings import Settings
+from slim_core.planning import Calibration
+from worker import calibrator
 
 # Tests run side by side. Threads of torch that spin while they wait would take the cores from each other; the library
 # reads this when it loads, and trainers inherit it.
@@ -59,16 +67,7 @@ def template_database(servers: EmbeddedServers) -> str:
     """A database with every migration applied, to be copied."""
     with servers.connect() as connection:
         connection.execute(f"CREATE DATABASE {TEMPLATE}")
-    migration = subprocess.run(
-        [sys.executable, "-m", "alembic", "upgrade", "head"],
-        cwd=ROOT,
-        env=os.environ | {"DATABASE_URL": servers.database_url_of(TEMPLATE)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert migration.returncode == 0, migration.stdout
+    _migrate(servers.database_url_of(TEMPLATE))
     return TEMPLATE
 
 
@@ -92,6 +91,40 @@ def redis_url(servers: EmbeddedServers) -> str:
     return servers.redis_url
 
 
+@pytest.fixture(scope="session")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
+    """Of this machine, measured as a worker does it, once for all test processes: it takes a minute or two."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # which all of them share
+    settings = Settings(database_url="postgresql:///none", redis_url="redis:///none", data_dir=folder)
+    path = folder / "calibration.json"
+    with path.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        if text := file.read():
+            return Calibration.from_json(json.loads(text))
+        measured = calibrator.measured_now(settings)
+        file.write(json.dumps(measured.to_json()))
+    return measured
+
+
+@pytest.fixture(scope="session")
+def calibrated(calibration: Calibration) -> Callable[[Path], None]:
+    """Makes the folder of a service whose worker, when it starts there, knows its machine already."""
+
+    def prepare(home: Path) -> None:
+        home.mkdir(parents=True, exist_ok=True)
+        with EmbeddedServers(home / "servers", log_directory=home / "logs", redis=False) as servers:
+            _migrate(servers.database_url)
+            bind = sqlalchemy.create_engine(servers.database_url)
+            with transaction(bind) as session:
+                calibrations.store(session, calibration.device, "tests", calibration.to_json())
+            bind.dispose()
+
+    return prepare
+
+
 def _database(servers: EmbeddedServers, template: str) -> Iterator[str]:
     name = f"test_{next(_numbers)}"
     with servers.connect() as connection:
@@ -101,3 +134,16 @@ def _database(servers: EmbeddedServers, template: str) -> Iterator[str]:
     with servers.connect() as connection:
         # By force: what a test left connected must not fail the next one.
         connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def _migrate(url: str) -> None:
+    migration = subprocess.run(
+        [sys.executable, "-m", "alembic", "upgrade", "head"],
+        cwd=ROOT,
+        env=os.environ | {"DATABASE_URL": url},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert migration.returncode == 0, migration.stdout

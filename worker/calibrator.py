@@ -71,6 +71,12 @@ def measure(threads: int, command: Sequence[str] = CALIBRATE_COMMAND) -> Calibra
         raise CalibrationError(f"{type(error).__name__}: {error}") from error
 
 
+def measured_now(settings: Settings, command: Sequence[str] = CALIBRATE_COMMAND) -> Calibration:
+    """`measure` for trainers with these settings, with the name of what was measured. Raises CalibrationError."""
+    machine = _machine(device_id(settings.device_kind), settings.trainer_threads)
+    return replace(measure(settings.trainer_threads, command), machine=machine)
+
+
 def calibrate(
     bind: Engine, settings: Settings, worker: str, command: Sequence[str] = CALIBRATE_COMMAND
 ) -> Calibration | None:
@@ -90,7 +96,7 @@ def calibrate(
             if (known := _known(bind, machine, settings.calibration_seconds)) is not None:
                 logger.info("calibrated before: %s", known.source)
                 return known
-            calibration = replace(measure(settings.trainer_threads, command), machine=machine)
+            calibration = measured_now(settings, command)
         with transaction(bind) as session:
             calibrations.store(session, calibration.device, worker, calibration.to_json())
     except Exception:

@@ -71,7 +71,7 @@ class Sender:
 
     async def finish(self) -> None:
         """Wait for the attempts that have begun."""
-        await asyncio.gather(*self._running)
+        await asyncio.gather(*self._running, return_exceptions=True)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Send until told to stop. Outlives restarts of the database."""
@@ -102,7 +102,11 @@ class Sender:
             outbox.record(session, attempt, outcome)
 
     async def _deliver(self, attempt: Claimed) -> None:
-        outcome = await self._send(attempt)
+        try:
+            outcome = await self._send(attempt)
+        except Exception:  # without an outcome it would be sent again each minute, for ever
+            logger.exception("%s to %s, attempt %d", attempt.event_id, attempt.webhook_id, attempt.attempt)
+            outcome = Outcome(error="unreachable")
         said = outcome.error or "delivered"
         status = "" if outcome.response_status is None else f" ({outcome.response_status})"
         logger.info("%s to %s, attempt %d: %s%s", attempt.event_id, attempt.webhook_id, attempt.attempt, said, status)
@@ -146,10 +150,10 @@ def _seconds(retry_after: str) -> float | None:
     if retry_after.isascii() and retry_after.isdigit():
         return float(retry_after[:9])
     try:
-        date = parsedate_to_datetime(retry_after)
-    except ValueError:
+        date = parsedate_to_datetime(retry_after).astimezone(UTC)
+    except (ValueError, OverflowError):  # no date, or one beyond all calendars
         return None
-    return max((date.astimezone(UTC) - datetime.now(UTC)).total_seconds(), 0.0)
+    return max((date - datetime.now(UTC)).total_seconds(), 0.0)
 
 
 async def _main(bind: Engine, allowed: Allowed) -> None:

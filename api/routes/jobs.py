@@ -75,8 +75,8 @@ def list_page(
 
 
 @router.get("/{job_id}", response_model=JobResponse, summary="Get a job", responses=documented("404 job_not_found"))
-def get(job_id: str, context: ContextDep, caller: CallerDep) -> Response:
-    job = JobResponse.of_row(jobs.look(context.engine, caller.tenant, job_id))
+async def get(job_id: str, context: ContextDep, caller: CallerDep) -> Response:
+    job = JobResponse.of_row(await context.looks.job(caller.tenant, job_id))
     return Response(job.model_dump_json(), media_type="application/json")
 
 
@@ -174,4 +174,4 @@ def list_events(
     if dot and status in TERMINAL:
         return Response(status_code=204)
     heartbeat_seconds = context.settings.event_heartbeat_seconds
-    return EventStream(context.event_hub, job_id, int(number), newest, heartbeat_seconds)
+    return EventStream(context.event_hub, caller.tenant, job_id, int(number), newest, heartbeat_seconds)

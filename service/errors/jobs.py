@@ -99,7 +99,7 @@ class NoCheckpointError(ServiceError):
 
 
 class TooManyStreamsError(ServiceError):
-    """The process has as many streams of events as it may."""
+    """The process, or the tenant at this process, has as many streams of events as it may."""
 
     status = 429
     code = "too_many_streams"

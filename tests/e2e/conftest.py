@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 
 @pytest.fixture(scope="session")
-def home(scratch: Path) -> Path:
-    """One folder for all: each test must leave it fit for another start, which then need not measure the machine."""
-    return scratch / "home"
+def home(scratch: Path, calibrated: Callable[[Path], None]) -> Path:
+    """One folder for all: each test must leave it fit for another start. The machine has been measured there."""
+    folder = scratch / "home"
+    calibrated(folder)
+    return folder

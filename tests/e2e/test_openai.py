@@ -22,7 +22,7 @@ CAP = {"memory_cap": "1GiB"}
 POLL_SECONDS = 0.2
 TOPICS = ("assert", "assignment", "import", "lambda", "numbers")
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.xdist_group("home")]
 
 
 def lines() -> bytes:

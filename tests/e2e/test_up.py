@@ -20,7 +20,7 @@ from cli.client import Client
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("home")]
 
 
 def command(home: Path, *options: str) -> list[str]:

@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,16 @@ def main() -> int:
         "machine": machine(),
         "seed": arguments.seed,
         "at": datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"),
-        "hostile": {**asdict(outcome), "seconds": round(seconds, 1), "violations": outcome.violations[:100]},
+        "hostile": {
+            "seconds": round(seconds, 1),
+            "requests": outcome.requests,
+            "statuses": dict(sorted(outcome.statuses.items())),
+            "kinds": dict(sorted(outcome.kinds.items())),
+            "violations": outcome.violations[:100],
+            "largest_error_bytes": outcome.largest_error_bytes,
+            "batches_counted": outcome.compared,
+            "growth_bytes": outcome.growth_bytes,
+        },
         "schemathesis": {
             "version": verdict.report["schemathesis_version"],
             "seconds": round(verdict.report["running_time"], 1),

@@ -74,12 +74,16 @@ def request(
 def send(port: int, attack: Attack) -> Answer:
     """Send it and wait for the answer. Raises TimeoutError if the server hangs."""
     with socket.create_connection(("127.0.0.1", port), timeout=ANSWER_SECONDS) as connection:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        try:
             connection.sendall(attack.head)
             for portion in attack.body:
                 connection.sendall(portion)
             if not attack.complete:
                 connection.shutdown(socket.SHUT_WR)
+        except TimeoutError:
+            raise
+        except OSError:
+            pass  # the server has ended the connection; its answer may be there
         received = bytearray()
         with contextlib.suppress(ConnectionResetError):
             while not _whole(received, attack.head):

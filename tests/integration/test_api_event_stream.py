@@ -31,6 +31,7 @@ from cli.answers import Event
 from cli.client import Client
 from service import database, events, jobs, runs
 from service.database import transaction
+from service.errors import TooManyStreamsError
 from service.ids import new_id
 from service.models import Job
 from service.settings import Settings
@@ -121,9 +122,8 @@ class Reader:
 
     def __init__(self, hub: EventHub, job_id: str, heartbeat_seconds: float = 60.0) -> None:
         self.text = ""
-        self.task = asyncio.create_task(
-            EventStream(hub, job_id, 0, 0, heartbeat_seconds)({"type": "http"}, asyncio.Event().wait, self.send)  # type: ignore[arg-type]
-        )
+        stream = EventStream(hub, "default", job_id, 0, 0, heartbeat_seconds)
+        self.task = asyncio.create_task(stream({"type": "http"}, asyncio.Event().wait, self.send))  # type: ignore[arg-type]
 
     async def send(self, message: Message) -> None:
         self.text += message.get("body", b"").decode()
@@ -332,6 +332,20 @@ def test_restarts_of_the_api_lose_and_double_no_event(api: Api, bind: Engine, ru
     watcher.join(30)
     assert not watcher.is_alive()
     assert [event["id"] for event in seen] == stored(bind, running)
+
+
+def test_a_tenant_has_half_of_the_places(bind: Engine) -> None:
+    hub = EventHub(bind, limit=4)
+    with contextlib.ExitStack() as stack:
+        for tenant in ("acme", "acme", "other"):
+            stack.enter_context(hub.place(tenant))
+        with pytest.raises(TooManyStreamsError, match="2 streams"):
+            stack.enter_context(hub.place("acme"))
+        stack.enter_context(hub.place("other"))
+        with pytest.raises(TooManyStreamsError, match="4 streams"):
+            stack.enter_context(hub.place("third"))
+        assert hub.streams == 4
+    assert hub.streams == 0
 
 
 def test_heartbeats_and_places(api: Api, bind: Engine, running: str) -> None:

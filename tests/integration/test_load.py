@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,9 @@ ROWS = 50_000
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # on a busy machine the worker's measuring alone takes a minute
-def test_the_service_answers_everybody_while_a_job_trains(tmp_path: Path) -> None:
+def test_the_service_answers_everybody_while_a_job_trains(tmp_path: Path, calibrated: Callable[[Path], None]) -> None:
     size = load.SHORT
-    record = load.measured(size)
+    record = load.measured(size, calibrated)
     _, during, _ = record["phases"]
     assert len(during["requests"]) == size.rate * size.load_seconds
     assert {status for *_, status in during["requests"]} == {200}

@@ -34,11 +34,10 @@ def test_what_is_shown_of_a_job_is_the_job_and_its_tenants_alone(bind: Engine, j
     """`look` asks past the ORM, so no session restricts it."""
     with transaction(bind) as session:
         stored = jobs.get(session, job.id)
-        shown = jobs.look(bind, stored.tenant, job.id)
-        assert {name: getattr(stored, name) for name in shown._fields} == shown._asdict()
-    for tenant, identifier in (("another", job.id), (stored.tenant, new_id("job")), (stored.tenant, "job")):
-        with pytest.raises(NotFoundError):
-            jobs.look(bind, tenant, identifier)
+        mine = (stored.tenant, job.id)
+        found = jobs.look(bind, [("another", job.id), mine, (stored.tenant, new_id("job")), (stored.tenant, "job")])
+        assert list(found) == [mine]
+        assert {name: getattr(stored, name) for name in found[mine]._fields} == found[mine]._asdict()
 
 
 def test_connections_that_the_server_has_closed_are_replaced_before_anybody_has_one(
@@ -51,7 +50,7 @@ def test_connections_that_the_server_has_closed_are_replaced_before_anybody_has_
     with servers.connect() as operator:
         operator.execute("SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = %s", (name,))
     for _ in range(3):
-        assert jobs.look(bind, "default", job.id).id == job.id
+        assert list(jobs.look(bind, [("default", job.id)])) == [("default", job.id)]
 
 
 def event_types(bind: Engine, job_id: str) -> list[str]:

@@ -28,11 +28,12 @@ from starlette.testclient import TestClient
 
 from api.app import create_app
 from api.webhook_schemas import EventType
-from service import jobs, outbox, runs, webhooks
+from service import events, jobs, outbox, runs, webhooks
 from service.database import transaction
 from service.errors import NotFoundError, TooManyWebhooksError, WebhooksOffError, WebhookUrlNotAllowedError
 from service.models import Job, Webhook, WebhookDelivery
 from service.settings import Settings
+from service.status import Action
 from service.storage import Storage
 from service.webhook_urls import Allowed
 from tests.integration.seed import add_dataset, add_job, claim
@@ -306,6 +307,8 @@ def test_gone_disables_at_once(bind: Engine, storage: Storage, receiver: Receive
         ("nonsense", 5, 70),
         ("-5", 5, 70),
         ("9" * 30, 86_400, 86_400 * 1.2 + 60),
+        ("Fri, 31 Dec 9999 23:59:59 -1200", 5, 70),
+        ("Sun, 06 Nov 1994 08:49:37 +99999999999999999999", 5, 70),
         (1, 3_000, 3_600 * 1.2 + 60),
         (-1, 5, 70),
     ],
@@ -321,6 +324,51 @@ def test_retry_after_is_heard_within_bounds(
     receiver.answers.append((503, {"Retry-After": retry_after}))
     send(bind, allowed)
     assert least <= wait_seconds(bind, webhook) <= most
+
+
+def test_what_nobody_foresaw_is_an_outcome_too(
+    bind: Engine, job: Job, receiver: Receiver, allowed: Allowed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    webhook = add_webhook(bind, allowed, receiver.url)
+    fail(bind, job.id)
+    monkeypatch.setattr("worker.webhooks._outcome", lambda _: int("no number"))
+    assert send(bind, allowed) == 1
+    assert state(bind, webhook) == ("pending", 1, None, "unreachable")
+
+
+@pytest.mark.parametrize(("asked", "told"), [(None, "attempts_exhausted"), ("pause", None), ("cancel", None)])
+def test_a_webhook_hears_of_the_error_that_the_job_has(
+    bind: Engine, job: Job, receiver: Receiver, allowed: Allowed, asked: Action | None, told: str | None
+) -> None:
+    """Not of what ended the last attempt of a job that then rests because it was asked to."""
+    add_webhook(bind, allowed, receiver.url, events=outbox.TYPES)
+    claim(bind, job.id)
+    with transaction(bind) as session:
+        if asked is not None:
+            jobs.request(session, job.id, asked)
+        crash = {"code": "trainer_crashed", "message": "m", "step": 0, "hint": None}
+        ended = runs.release(session, job.id, 1, "trainer_failed", progressed=False, max_failures=1, error=crash)
+        error, cause = ended.error, events.page(session, job.id)[0][-1].data.get("cause")
+    for _ in range(2):  # of the start, too
+        send(bind, allowed)
+        pass_time(bind)
+    (data,) = (
+        body["data"] for _, _, text in receiver.came for body in [json.loads(text)] if "running" not in body["type"]
+    )
+    assert (data["error"] or {}).get("code") == (error or {}).get("code") == told
+    assert asked is None or cause == crash
+
+
+def test_a_test_that_waits_is_sent_when_it_is_asked_for_again(
+    bind: Engine, receiver: Receiver, allowed: Allowed
+) -> None:
+    webhook = add_webhook(bind, allowed, receiver.url)
+    receiver.answers.append((500, {}))
+    for expected in ("pending", "delivered"):
+        with transaction(bind, "default") as session:
+            webhooks.test(session, webhook.id)
+        assert send(bind, allowed) == 1
+        assert state(bind, webhook)[0] == expected
 
 
 def test_redirects_are_not_followed_and_what_is_not_allowed_any_more_is_not_asked(
@@ -524,7 +572,7 @@ def test_webhooks_over_http(hooked: TestClient, bind: Engine, receiver: Receiver
 
     asked = hooked.post(f"{url}/test")
     assert (asked.status_code, asked.json()["type"], asked.json()["status"]) == (202, "webhook.test", "pending")
-    assert hooked.post(f"{url}/test").json() == asked.json()
+    assert hooked.post(f"{url}/test").json()["id"] == asked.json()["id"]
     send(bind, allowed)
     (delivery,) = hooked.get(f"{url}/deliveries").json()["data"]
     assert (delivery["id"], delivery["status"], delivery["response_status"]) == (receiver.ids[0], "delivered", 204)

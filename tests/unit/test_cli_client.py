@@ -267,3 +267,21 @@ def test_the_command_prints_the_text_and_beside_it_how_it_ended(script: Script, 
     script.json("/jobs/job_1/generate", {"code": "job_not_found", "detail": "no"}, 404, "application/problem+json")
     assert run([*common, "--prompt", "x"]).exit_code == 1
     assert run([*common, "--prompt", "x", "--file", str(file)]).exit_code == 2
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_quiet_stream_is_not_one_whose_service_is_away(
+    client: Client, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heartbeats count: what has been quiet for long is asked for again like any other."""
+    clock = iter(float(10 * moment) for moment in range(1_000))  # ten seconds from each look to the next
+    monkeypatch.setattr("cli.client.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("cli.client.AWAY_SECONDS", 100.0)
+    quiet = b'id: 1\nevent: queued\ndata: {"id": 1}\n\n' + b": heartbeat\n\n" * 20
+    script.first = [(200, "text/event-stream", quiet), UNAVAILABLE, None]
+    script.answers["/jobs/job_1/events"] = (200, "text/event-stream", b"id: 1.end\nevent: end\ndata: {}\n\n")
+    assert [event["id"] for event in client.watch("job_1")] == [1]
+    script.first = [UNAVAILABLE] * 50
+    with pytest.raises(ServiceError, match="unavailable"):
+        list(client.watch("job_1"))
+    assert 30 < len(script.first) < 50
