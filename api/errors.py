@@ -96,7 +96,7 @@ class UnauthorizedError(ServiceError):
     code = "unauthorized"
 
     def __init__(self) -> None:
-        super().__init__("This needs a valid API key: Authorization: Bearer slim_...")
+        super().__init__("This needs Authorization: Bearer slim_... with a valid API key.")
 
 
 class MetricsTokenError(ServiceError):
