@@ -33,6 +33,7 @@ from service.limits import UNLIMITED, Limits
 from service.models import Dataset, PartUpload, UploadPart
 from service.settings import Settings
 from service.storage import PARTS, Storage, Upload, parts_dir
+from service.upload_states import CANCELLED, COMPLETED, EXPIRED, PENDING, is_open, keeps_parts
 
 MAX_PART_BYTES = 64 * 1024**2
 MAX_PARTS = 10_000
@@ -45,7 +46,6 @@ FORGET_AFTER = timedelta(days=1)
 """From the end of its hour."""
 SENT_TWICE = 2
 """Times the announced bytes that parts may hold: one whose answer was lost is sent again, and has another id."""
-PENDING, COMPLETED, CANCELLED, EXPIRED = "pending", "completed", "cancelled", "expired"
 _BLOCK_BYTES = 1024**2
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def create(
         raise UploadTooLargeError(limit_bytes)
     tenant = database.tenant_of(session)
     database.lock(session, _lock_of(tenant))  # or two requests count the same uploads
-    still_open = select(func.count(), func.coalesce(func.sum(PartUpload.bytes), 0)).where(_is_open())
+    still_open = select(func.count(), func.coalesce(func.sum(PartUpload.bytes), 0)).where(is_open())
     count, announced = session.execute(still_open).one()
     if count >= MAX_OPEN:
         raise UploadsOpenError(MAX_OPEN)
@@ -88,14 +88,14 @@ def get(session: Session, upload_id: str) -> tuple[PartUpload, str]:
 
 
 def _get(session: Session, upload_id: str, lock: bool) -> tuple[PartUpload, str]:
-    query = select(PartUpload, PartUpload.expires_at <= func.clock_timestamp()).where(PartUpload.id == upload_id)
+    query = select(PartUpload, is_open()).where(PartUpload.id == upload_id)
     if lock:
         query = query.with_for_update()
     found = session.execute(query).one_or_none() if is_id("upload", upload_id) else None
     if found is None:
         raise NotFoundError("upload", upload_id)
-    upload, over = found
-    return upload, EXPIRED if over and upload.status == PENDING else upload.status
+    upload, still_open = found
+    return upload, EXPIRED if upload.status == PENDING and not still_open else upload.status
 
 
 def _open(session: Session, upload_id: str, action: str, lock: bool = True) -> PartUpload:
@@ -295,20 +295,16 @@ def _blocks(files: Storage, upload_id: str, part_ids: Sequence[str]) -> Iterator
 
 
 def settle(bind: Engine, files: Storage) -> list[str]:
-    """Remove the parts of uploads that take no more, and forget those of a day ago; returns whose parts were removed.
-    Raises SQLAlchemyError."""
+    """Remove the parts of uploads that take no more (of those that have expired, a minute later), and forget those of
+    a day ago; returns whose parts were removed. Raises SQLAlchemyError."""
     lying = files.names_in(PARTS)
     with database.transaction(bind) as session:
-        needed = set(session.scalars(select(PartUpload.id).where(_is_open())))
+        needed = set(session.scalars(select(PartUpload.id).where(keeps_parts())))
         session.execute(delete(PartUpload).where(PartUpload.expires_at <= func.now() - FORGET_AFTER))
     removed = [upload_id for upload_id in lying if upload_id not in needed]
     for upload_id in removed:
         remove_parts(files, upload_id)
     return removed
-
-
-def _is_open() -> Any:
-    return (PartUpload.status == PENDING) & (PartUpload.expires_at > func.clock_timestamp())
 
 
 def _lock_of(tenant: str) -> int:
