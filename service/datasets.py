@@ -54,9 +54,11 @@ class DatasetUpload:
         limits: Limits = UNLIMITED,
         expires_seconds: int | None = None,
         also: Callable[[Session, Dataset], None] | None = None,
+        reserved: bool = False,
     ) -> Dataset:
         """Make file and row durable, and have its tokens made: as bytes, and by `tokenizer`. After `expires_seconds` it
-        is deleted, once no job reads it. `also` is done in the same transaction.
+        is deleted, once no job reads it. `also` is done in the same transaction. `reserved` bytes are among those in
+        use already.
 
         Raises what `also` and tokenizers.resolve raise, DatasetInvalidError, StorageFullError; nothing is stored then.
         """
@@ -78,7 +80,7 @@ class DatasetUpload:
         )
         path = self._files.path(storage.dataset_path(dataset.id, self.format, self.compression))
         folder = dataset_dir(dataset.id)
-        commit, size = lambda: self._upload.commit(path), self._upload.bytes
+        commit, size = lambda: self._upload.commit(path), None if reserved else self._upload.bytes
         recorded = uploads.recorded(bind, self._files, folder, commit, size, tenant, limits)
         with recorded as session:
             wanted = [BYTES] if tokenizer is None else [BYTES, tokenizers.resolve(session, tokenizer)]

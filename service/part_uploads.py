@@ -54,19 +54,17 @@ logger = logging.getLogger(__name__)
 def create(
     session: Session, filename: str, size_bytes: int, limit_bytes: int, file_expires_seconds: int | None = None
 ) -> PartUpload:
-    """A new upload of so many bytes.
+    """A new upload of so many bytes, which are the tenant's from now on.
 
-    Raises UploadTooLargeError, UploadsOpenError, and StorageQuotaExceededError if what is open cannot all be kept.
+    Raises UploadTooLargeError, UploadsOpenError, StorageQuotaExceededError.
     """
     if size_bytes > limit_bytes:
         raise UploadTooLargeError(limit_bytes)
     tenant = database.tenant_of(session)
     database.lock(session, _lock_of(tenant))  # or two requests count the same uploads
-    still_open = select(func.count(), func.coalesce(func.sum(PartUpload.bytes), 0)).where(is_open())
-    count, announced = session.execute(still_open).one()
-    if count >= MAX_OPEN:
+    if session.scalars(select(func.count()).select_from(PartUpload).where(is_open())).one() >= MAX_OPEN:
         raise UploadsOpenError(MAX_OPEN)
-    quotas.admit_bytes(session, int(announced) + size_bytes)
+    quotas.admit_bytes(session, size_bytes)
     upload = PartUpload(
         id=new_id("upload"),
         tenant=tenant,
@@ -130,9 +128,10 @@ class PartSink:
 
     _file: Upload
 
-    def __init__(self, bind: Engine, files: Storage, upload_id: str, tenant: str) -> None:
+    def __init__(self, bind: Engine, files: Storage, upload_id: str, tenant: str, limits: Limits = UNLIMITED) -> None:
         """Raises NotFoundError, UploadStateError."""
         self._bind, self._files, self._upload_id, self._tenant = bind, files, upload_id, tenant
+        self._limits = limits
         with database.transaction(bind, tenant) as session:
             upload = _open(session, upload_id, "add a part to", lock=False)
             self._max_bytes = min(MAX_PART_BYTES, upload.bytes)
@@ -143,11 +142,13 @@ class PartSink:
 
     def store(self) -> UploadPart:
         """Make file and row durable. Raises UploadMismatchError for an empty part, or one too many,
-        UploadTooLargeError, and what the constructor raises."""
+        UploadTooLargeError, StorageQuotaExceededError for what is beyond the announced bytes, and what the constructor
+        raises."""
         if not self._file.bytes:
             raise UploadMismatchError("The part is empty.")
         self._file.seal()
-        with database.transaction(self._bind, self._tenant) as session:
+        with database.transaction(self._bind, self._tenant, self._limits) as session:
+            quotas.lock(session)  # before the upload's own lock, as where one is completed
             # Locked: no cancellation comes between the check and the file's way into the folder that it removes.
             upload = _open(session, self._upload_id, "add a part to")
             mine = select(func.count(), func.coalesce(func.sum(UploadPart.bytes), 0)).where(
@@ -158,6 +159,8 @@ class PartSink:
                 raise UploadMismatchError(f"The upload has {count} parts, which is the most.", max_parts=MAX_PARTS)
             if size + self._file.bytes > SENT_TWICE * upload.bytes:
                 raise UploadTooLargeError(SENT_TWICE * upload.bytes)
+            if beyond := max(size + self._file.bytes, upload.bytes) - max(size, upload.bytes):
+                quotas.check_bytes(session, int(beyond))
             part = UploadPart(id=new_id("part"), tenant=self._tenant, upload_id=upload.id, bytes=self._file.bytes)
             self._file.commit(self._files.path(f"{parts_dir(upload.id)}/{part.id}"))
             session.add(part)
@@ -215,7 +218,6 @@ def _take(session: Session, upload: PartUpload, state: str, claim: str) -> None:
     if _is_claimed(session, upload):
         raise UploadBusyError(upload.id)
     upload.claim, upload.claimed_until = claim, _now(session) + CLAIM_LIFETIME
-    upload.expires_at = max(upload.expires_at, upload.claimed_until)  # its parts are being read
 
 
 def _is_claimed(session: Session, upload: PartUpload) -> bool:
@@ -261,9 +263,8 @@ def _assemble(
     limits: Limits,
 ) -> Dataset:
     def conclude(session: Session, dataset: Dataset) -> None:
-        ours = update(PartUpload).where(
-            PartUpload.id == upload.id, PartUpload.status == PENDING, PartUpload.claim == claim
-        )
+        # Open: else its bytes are not held any more, and another may have got their room.
+        ours = update(PartUpload).where(PartUpload.id == upload.id, is_open(), PartUpload.claim == claim)
         values: dict[str, Any] = {
             "status": COMPLETED,
             "completed_at": func.now(),
@@ -284,7 +285,9 @@ def _assemble(
                 "The MD5 of the parts in this order is another one.", expected=md5.lower(), found=digest.hexdigest()
             )
         seconds = upload.file_expires_seconds
-        return sink.store(bind, tenant=upload.tenant, limits=limits, expires_seconds=seconds, also=conclude)
+        return sink.store(
+            bind, tenant=upload.tenant, limits=limits, expires_seconds=seconds, also=conclude, reserved=True
+        )
 
 
 def _blocks(files: Storage, upload_id: str, part_ids: Sequence[str]) -> Iterator[bytes]:

@@ -8,7 +8,7 @@ from anyio import to_thread
 from fastapi import APIRouter, BackgroundTasks, Body, Request
 from starlette.concurrency import run_in_threadpool
 
-from api.dependencies import CallerDep, ContextDep, HasRoom, SessionDep
+from api.dependencies import CallerDep, ContextDep, SessionDep
 from api.openai.requests import COMPLETE_EXAMPLES, UPLOAD_EXAMPLES, CompleteUploadRequest, CreateUploadRequest
 from api.openai.responses import PartObject, UploadObject
 from api.problems import documented
@@ -61,12 +61,11 @@ def create(
         507,
     ),
     openapi_extra=PART_BODY,
-    dependencies=[HasRoom],
 )
 async def add_part(upload_id: str, request: Request, context: ContextDep, caller: CallerDep) -> PartObject:
     """In any order, several at once if you like: the order is said when the upload is completed. A part whose answer
     was lost is sent again."""
-    sink = await run_in_threadpool(PartSink, context.engine, context.storage, upload_id, caller.tenant)
+    sink = await run_in_threadpool(PartSink, context.engine, context.storage, upload_id, caller.tenant, caller.limits)
     part = await receive_upload(request, lambda _filename: sink, PartSink.store, texts=(), field="data")
     return PartObject.of_row(part)
 
@@ -81,7 +80,6 @@ async def add_part(upload_id: str, request: Request, context: ContextDep, caller
         "409 upload_state_conflict",
         "409 upload_being_completed",
         "413 upload_expands_too_far",
-        "413 storage_quota_exceeded",
         422,
         "422 upload_mismatch",
         "422 dataset_invalid",

@@ -58,8 +58,8 @@ class StorageQuotaExceededError(ServiceError):
     def __init__(self, in_use_bytes: int, added_bytes: int, limit_bytes: int) -> None:
         more = f", and this is {added_bytes} more" if added_bytes else ""
         super().__init__(
-            f"{in_use_bytes} of {limit_bytes} bytes are in use{more}. Delete datasets, tokenizers or models; a model "
-            "that a job made is its last checkpoint.",
+            f"{in_use_bytes} of {limit_bytes} bytes are in use{more}. Delete datasets, tokenizers or models, or "
+            "cancel uploads; a model that a job made is its last checkpoint.",
             bytes_in_use=in_use_bytes,
             added_bytes=added_bytes,
             max_bytes=limit_bytes,

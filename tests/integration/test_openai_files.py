@@ -13,7 +13,7 @@ from typing import Any
 import openai
 import pytest
 from openai import OpenAI
-from sqlalchemy import Engine, func, update
+from sqlalchemy import Engine, func, select, update
 from starlette.testclient import TestClient
 
 from api.middleware import MAX_JSON_BYTES
@@ -257,6 +257,21 @@ def test_parts_of_an_upload_that_has_expired_are_swept(api: OpenAI, bind: Engine
     with pytest.raises(openai.NotFoundError):
         api.uploads.cancel(alive)
     assert files_below(storage) == []
+
+
+def test_a_completion_that_fails_lengthens_no_hour(api: OpenAI, bind: Engine, storage: Storage) -> None:
+    upload_id = begin(api)
+    parts = send(api, upload_id, LINES)
+    expire(bind, upload_id, timedelta(minutes=-5))
+
+    def ends_at() -> Any:
+        with transaction(bind) as session:
+            return session.scalars(select(PartUpload.expires_at)).one()
+
+    before = ends_at()
+    with pytest.raises(openai.UnprocessableEntityError):
+        api.uploads.complete(upload_id, part_ids=parts, md5="0" * 32)
+    assert ends_at() == before
 
 
 def test_two_completions_at_once_make_one_file(
