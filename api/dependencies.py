@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Annotated
@@ -14,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from api.callers import Caller
 from api.event_hub import EventHub
+from api.places import Places
 from api.prometheus import RequestNumbers
 from api.sampler import Slots
 from api.waker import Waker
@@ -40,6 +42,12 @@ class Context:
     event_hub: EventHub
     check_limiter: CapacityLimiter
     """Of the threads that check what was uploaded, each with a process that may take long and much memory."""
+    readers: Places
+    """Of the threads that read and check datasets as they come: a megabyte may take one of them minutes."""
+    completions: Places
+    """Of the threads that put uploads together, each of which may take half an hour."""
+    stopping: threading.Event
+    """Set when the process is told to end: what takes long gives up."""
     numbers: RequestNumbers
 
 

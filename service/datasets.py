@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
@@ -28,19 +29,27 @@ class DatasetUpload:
     """One upload from its first byte to its row. A block that ends without `store` leaves nothing behind."""
 
     def __init__(
-        self, files: Storage, filename: str, limit_bytes: int, expanded_limit_bytes: int | None = None
+        self,
+        files: Storage,
+        filename: str,
+        limit_bytes: int,
+        expanded_limit_bytes: int | None = None,
+        read_seconds: float = math.inf,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
-        """A compressed file may expand to `expanded_limit_bytes`, or `limit_bytes`. Raises DatasetFormatError, by the
-        name's endings."""
+        """A compressed file may expand to `expanded_limit_bytes`, or `limit_bytes`; reading it may take a processor
+        `read_seconds`, and calls `meanwhile` now and then. Raises DatasetFormatError, by the name's endings."""
         self.filename = clean_filename(filename)
         self.format, self.compression = format_of(self.filename)
         self._files = files
-        self._reader = reader(self.format, self.compression, expanded_limit_bytes or limit_bytes)
+        self._reader = reader(
+            self.format, self.compression, expanded_limit_bytes or limit_bytes, read_seconds, meanwhile
+        )
         self._upload = files.upload(limit_bytes)
 
     def write(self, data: bytes) -> None:
-        """Take the next bytes. Raises UploadTooLargeError, UploadExpandsTooFarError, StorageFullError, and
-        DatasetInvalidError for what cannot be decompressed."""
+        """Take the next bytes. Raises UploadTooLargeError, UploadExpandsTooFarError, UploadTakesTooLongError,
+        StorageFullError, DatasetInvalidError for what cannot be decompressed, and what `meanwhile` raises."""
         self._upload.write(data)
         self._reader.feed(data)
 

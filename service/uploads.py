@@ -39,9 +39,9 @@ def recorded(
     """Have `commit` put the files into `folder`, relative to the data folder; then the transaction, the tenant's, that
     adds their row. Both are there in the end, or neither.
 
-    `size` is what they hold, in bytes; None if the tenant's bytes in use have that in them already. Where this process or the database dies meanwhile, which of them is there is in
-    doubt until `settle` looks. Raises StorageFullError, StorageQuotaExceededError, and FilesGoneError where this
-    process stood still for so long that `settle` has looked.
+    `size` is what they hold, in bytes; None if it is among the tenant's bytes in use already. Where this process or
+    the database dies meanwhile, which of them is there is in doubt until `settle` looks. Raises StorageFullError,
+    StorageQuotaExceededError, and FilesGoneError where this process stood still for so long that `settle` has looked.
     """
     files.doubt(folder)
     committing = False

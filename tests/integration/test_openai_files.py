@@ -17,10 +17,11 @@ from sqlalchemy import Engine, func, select, update
 from starlette.testclient import TestClient
 
 from api.middleware import MAX_JSON_BYTES
-from service import datasets, jobs, part_uploads
+from service import datasets, jobs, part_completions, part_uploads
 from service.database import transaction
 from service.errors import UploadStateError
 from service.models import Dataset, PartUpload
+from service.part_completions import Wanted
 from service.settings import Settings
 from service.storage import Storage
 from tests.integration.openai_client import openai_over
@@ -281,7 +282,7 @@ def test_two_completions_at_once_make_one_file(
     upload_id = begin(api)
     parts = send(api, upload_id, *halves())
     reading, go_on = threading.Event(), threading.Event()
-    blocks: Callable[..., Any] = part_uploads._blocks
+    blocks: Callable[..., Any] = part_completions._blocks
 
     def slowly(*arguments: Any) -> Any:
         read = list(blocks(*arguments))
@@ -289,10 +290,10 @@ def test_two_completions_at_once_make_one_file(
         assert go_on.wait(30)
         return read
 
-    monkeypatch.setattr(part_uploads, "_blocks", slowly)
+    monkeypatch.setattr(part_completions, "_blocks", slowly)
 
     def complete() -> Any:
-        return part_uploads.complete(bind, storage, settings, upload_id, parts, None, "default")
+        return part_completions.complete(bind, storage, settings, Wanted(upload_id, parts, None), "default")
 
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(complete)
@@ -309,7 +310,7 @@ def test_two_completions_at_once_make_one_file(
         # Were the first request held to have died, the second one would win, and the first make nothing.
         with transaction(bind) as session:
             session.execute(update(PartUpload).values(claimed_until=func.now() - timedelta(seconds=1)))
-        monkeypatch.setattr(part_uploads, "_blocks", blocks)
+        monkeypatch.setattr(part_completions, "_blocks", blocks)
         second = api.uploads.complete(upload_id, part_ids=parts)
         go_on.set()
         with pytest.raises(UploadStateError):
