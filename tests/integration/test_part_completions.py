@@ -222,3 +222,28 @@ def test_a_tenants_slow_files_hold_no_common_thread(
         finally:
             go_on.set()
         assert [answer.result(30).status_code for answer in blocked] == [201] * 3
+
+
+def test_a_part_that_is_refused_leaves_neither_file_nor_descriptor(client: TestClient, storage: Storage) -> None:
+    upload, _ = begin(client)
+    path = f"/v1/uploads/{upload}/parts"
+    opened: list[Any] = []
+    upload_file = Storage.upload
+
+    def noted(self: Storage, limit_bytes: int) -> Any:
+        opened.append(upload_file(self, limit_bytes))
+        return opened[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Storage, "upload", noted)
+        refused = [
+            client.post(path, json={}),
+            client.post(path, files={"other": ("part", LINE)}),
+            client.post(path, files=[("data", ("part", LINE)), ("data", ("part", LINE))]),
+            client.post(path, files={"data": ("part", LINE)}, data={"name": "no such field"}),
+            client.post(path, files={"data": ("part", b"")}),
+            client.post(path, files={"data": ("part", LINE * 100)}),
+        ]
+    assert {answer.status_code for answer in refused} == {413, 422}
+    assert all(file._file.closed for file in opened)
+    assert list(storage.path("tmp").iterdir()) == []
