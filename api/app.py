@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import re
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -21,6 +22,7 @@ from api.looks import Looks
 from api.middleware import BodyLimit, RequestContext
 from api.openai import router as openai
 from api.openapi import document
+from api.places import Places
 from api.prometheus import RequestNumbers
 from api.readiness import Readiness
 from api.routes import checkpoints, datasets, devices, generate, health, jobs, models, plans, tokenizers, webhooks
@@ -40,6 +42,10 @@ STREAMING = re.compile(r"/datasets|/tokenizers|/models|/v1/files|/v1/uploads/[^/
 """Paths that take uploads."""
 CHECKS_AT_ONCE = 2
 """Of uploaded models and tokenizers: each has a process of its own with up to a gigabyte."""
+READERS_AT_ONCE = 2
+"""Of a tenant's datasets, as they come. They compute in Python, which more threads make no faster."""
+COMPLETIONS_AT_ONCE = 1
+"""Of a tenant's uploads in parts."""
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -64,6 +70,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         event_hub=EventHub(engine, settings.event_streams),
         looks=Looks(engine),
         check_limiter=CapacityLimiter(CHECKS_AT_ONCE),
+        readers=Places(READERS_AT_ONCE),
+        completions=Places(COMPLETIONS_AT_ONCE),
+        stopping=threading.Event(),
         numbers=RequestNumbers(),
         readiness=Readiness(engine, producer),
     )
@@ -96,7 +105,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     if removed:
         logger.info("removed %d temporary files that earlier processes left", removed)
     before_the_server_stops(context.event_hub.close)
+    before_the_server_stops(context.stopping.set)
     yield
+    context.stopping.set()
     context.event_hub.close()
     context.engine.dispose()
     context.producer.close()

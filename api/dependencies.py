@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Annotated
@@ -15,6 +16,7 @@ from sqlalchemy.orm import Session
 from api.callers import Caller
 from api.event_hub import EventHub
 from api.looks import Looks
+from api.places import Places
 from api.prometheus import RequestNumbers
 from api.readiness import Readiness
 from api.sampler import Slots
@@ -43,6 +45,12 @@ class Context:
     looks: Looks
     check_limiter: CapacityLimiter
     """Of the threads that check what was uploaded, each with a process that may take long and much memory."""
+    readers: Places
+    """Of the threads that read and check datasets as they come: a megabyte may take one of them minutes."""
+    completions: Places
+    """Of the threads that put uploads together, each of which may take half an hour."""
+    stopping: threading.Event
+    """Set when the process is told to end: what takes long gives up."""
     numbers: RequestNumbers
     readiness: Readiness
 

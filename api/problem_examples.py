@@ -62,6 +62,7 @@ ERRORS: tuple[ServiceError, ...] = (
     errors.MemoryCapExceedsDeviceError(68_719_476_736, 20_600_000_000),
     errors.UploadTooLargeError(2_147_483_648),
     errors.UploadExpandsTooFarError(68_719_476_736),
+    errors.UploadTakesTooLongError(1_800),
     errors.DatasetInUseError(DATASET, [JOB], []),
     errors.DatasetNotTokenizedError("dataset", DATASET, TOKENIZER, "pending"),
     errors.DatasetUnusableError("dataset", DATASET, TOKENIZER, _FAILED),
@@ -93,6 +94,9 @@ ERRORS: tuple[ServiceError, ...] = (
     errors.WebhookDisabledError(WEBHOOK, "failing"),
     errors.UploadStateError(UPLOAD, "add a part to", "completed"),
     errors.UploadBusyError(UPLOAD),
+    errors.UploadPartsGoneError(UPLOAD),
+    errors.UploadInterruptedError(UPLOAD),
+    errors.CompletionsBusyError(),
     errors.UploadsOpenError(16),
     errors.UploadMismatchError(
         "The parts hold 137000 bytes; 137172 were announced.", announced_bytes=137_172, received_bytes=137_000

@@ -186,9 +186,11 @@ async def receive_upload(
     store: Callable[..., Stored],
     texts: Sequence[str] = ("name",),
     field: str = "file",
+    limiter: CapacityLimiter | None = None,
 ) -> Stored:
     """Stream the file of a request, which is in `field`, into `open_sink(filename)`, then `store(sink, *values of
-    texts)`; both run in threads. A text that was not sent is None.
+    texts)`; both run in threads, those of `limiter` where a megabyte may take a sink long. A text that was not sent is
+    None.
 
     Raises InvalidRequestError for a malformed form, UploadStalledError, ClientDisconnect, what the callables raise.
     """
@@ -198,7 +200,9 @@ async def receive_upload(
         lambda one, *values: store(one.sink, *values),
         max_files=1,
         texts=texts,
+        limiter=limiter,
         field=field,
+        writing=limiter,
     )
 
 
@@ -210,15 +214,16 @@ async def receive_files(
     texts: Sequence[str] = ("name",),
     limiter: CapacityLimiter | None = None,
     field: str = "file",
+    writing: CapacityLimiter | None = None,
 ) -> Stored:
-    """Stream the files of a request into `sink`, then `store(sink, *values of texts)`, for which `limiter` has threads
-    of its own if it may take long; all that they do runs in threads.
+    """Stream the files of a request into `sink`, then `store(sink, *values of texts)`; all that they do runs in
+    threads. `limiter` has those for `store` if it may take long, `writing` those for the sink's `write`.
 
     Raises as `receive_upload` does.
     """
     async with _in_threads(sink) as opened:
         form = open_form(request.headers.get("content-type", ""), max_files, texts, field)
-        await _copy(form, request.stream(), opened)
+        await _copy(form, request.stream(), opened, writing)
         if not form.files:
             raise InvalidRequestError((field, "is missing"))
         return await to_thread.run_sync(store, opened, *(form.text(text) for text in texts), limiter=limiter)
@@ -261,14 +266,14 @@ class _OneFile(Generic[SinkT]):
         self._stack.__exit__(kind, error, trace)
 
 
-async def _copy(form: Form, portions: AsyncIterator[bytes], sink: FilesSink) -> None:
+async def _copy(form: Form, portions: AsyncIterator[bytes], sink: FilesSink, limiter: CapacityLimiter | None) -> None:
     batch: list[bytes] = []
     size = 0
 
     async def write() -> None:
         nonlocal batch, size
         if batch:
-            await run_in_threadpool(sink.write, b"".join(batch))
+            await to_thread.run_sync(sink.write, b"".join(batch), limiter=limiter)
             batch, size = [], 0
 
     while not form.complete:

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from time import thread_time
 from typing import Any, Literal, Protocol
 
-from service.compression import Compression, decoder
-from service.errors import DatasetFormatError, DatasetInvalidError
+from service.compression import Compression, Decoder, decoder
+from service.errors import DatasetFormatError, DatasetInvalidError, UploadTakesTooLongError
 
 DatasetFormat = Literal["txt", "jsonl", "parquet"]
 DATASET_FORMATS: tuple[DatasetFormat, ...] = ("txt", "jsonl", "parquet")
@@ -43,7 +46,8 @@ class DatasetReader(Protocol):
     """Takes the bytes of a file in any portions, then says what they held."""
 
     def feed(self, data: bytes) -> None:
-        """Raises DatasetInvalidError, UploadExpandsTooFarError where it makes no sense to read on."""
+        """Raises DatasetInvalidError, UploadExpandsTooFarError, UploadTakesTooLongError where it makes no sense to read
+        on."""
         ...
 
     def finish(self) -> DatasetCounts:
@@ -62,8 +66,15 @@ def format_of(filename: str) -> tuple[DatasetFormat, Compression | None]:
     raise DatasetFormatError
 
 
-def reader(file_format: DatasetFormat, compression: Compression | None, limit_bytes: int) -> DatasetReader:
-    """For a file that may expand to at most `limit_bytes`."""
+def reader(
+    file_format: DatasetFormat,
+    compression: Compression | None,
+    limit_bytes: int,
+    limit_seconds: float = math.inf,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> DatasetReader:
+    """For a file that may expand to at most `limit_bytes`, and take a processor at most `limit_seconds`. `meanwhile` is
+    called after each block, of at most 16 MiB, of what the file stands for."""
     match file_format:
         case "txt":
             plain: DatasetReader = TextReader()
@@ -71,7 +82,7 @@ def reader(file_format: DatasetFormat, compression: Compression | None, limit_by
             plain = JsonLinesReader()
         case "parquet":
             plain = ParquetReader()
-    return plain if compression is None else ExpandingReader(compression, limit_bytes, plain)
+    return FileReader(decoder(compression, limit_bytes), plain, limit_seconds, meanwhile)
 
 
 @dataclass(slots=True)
@@ -90,16 +101,31 @@ class _Problems:
             raise DatasetInvalidError(f"{lines} not valid; nothing was stored.", self.first, self.total)
 
 
-class ExpandingReader:
-    """A compressed file, as the reader of what it stands for sees it."""
+class FileReader:
+    """A file, compressed or not, as the reader of what it stands for sees it, and no longer than it may take.
 
-    def __init__(self, compression: Compression, limit_bytes: int, plain: DatasetReader) -> None:
-        self._decoder = decoder(compression, limit_bytes)
+    A few megabytes can stand for gigabytes, and lines of some bytes are read at 2 MB/s. What counts is the time of the
+    processor: how fast the client sends, and what else the machine does, refuses no file.
+    """
+
+    def __init__(
+        self, decoder: Decoder, plain: DatasetReader, limit_seconds: float, meanwhile: Callable[[], None]
+    ) -> None:
+        self._decoder = decoder
         self._plain = plain
+        self._limit_seconds = limit_seconds
+        self._meanwhile = meanwhile
+        self._seconds = 0.0
 
     def feed(self, data: bytes) -> None:
+        since = thread_time()  # of this thread: each portion may be another's
         for block in self._decoder.feed(data):
             self._plain.feed(block)
+            now = thread_time()
+            self._seconds, since = self._seconds + now - since, now
+            if self._seconds > self._limit_seconds:
+                raise UploadTakesTooLongError(self._limit_seconds)
+            self._meanwhile()
 
     def finish(self) -> DatasetCounts:
         self._decoder.finish()

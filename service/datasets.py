@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
@@ -28,19 +29,27 @@ class DatasetUpload:
     """One upload from its first byte to its row. A block that ends without `store` leaves nothing behind."""
 
     def __init__(
-        self, files: Storage, filename: str, limit_bytes: int, expanded_limit_bytes: int | None = None
+        self,
+        files: Storage,
+        filename: str,
+        limit_bytes: int,
+        expanded_limit_bytes: int | None = None,
+        read_seconds: float = math.inf,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
-        """A compressed file may expand to `expanded_limit_bytes`, or `limit_bytes`. Raises DatasetFormatError, by the
-        name's endings."""
+        """A compressed file may expand to `expanded_limit_bytes`, or `limit_bytes`; reading it may take a processor
+        `read_seconds`, and calls `meanwhile` now and then. Raises DatasetFormatError, by the name's endings."""
         self.filename = clean_filename(filename)
         self.format, self.compression = format_of(self.filename)
         self._files = files
-        self._reader = reader(self.format, self.compression, expanded_limit_bytes or limit_bytes)
+        self._reader = reader(
+            self.format, self.compression, expanded_limit_bytes or limit_bytes, read_seconds, meanwhile
+        )
         self._upload = files.upload(limit_bytes)
 
     def write(self, data: bytes) -> None:
-        """Take the next bytes. Raises UploadTooLargeError, UploadExpandsTooFarError, StorageFullError, and
-        DatasetInvalidError for what cannot be decompressed."""
+        """Take the next bytes. Raises UploadTooLargeError, UploadExpandsTooFarError, UploadTakesTooLongError,
+        StorageFullError, DatasetInvalidError for what cannot be decompressed, and what `meanwhile` raises."""
         self._upload.write(data)
         self._reader.feed(data)
 
@@ -54,9 +63,11 @@ class DatasetUpload:
         limits: Limits = UNLIMITED,
         expires_seconds: int | None = None,
         also: Callable[[Session, Dataset], None] | None = None,
+        reserved: bool = False,
     ) -> Dataset:
         """Make file and row durable, and have its tokens made: as bytes, and by `tokenizer`. After `expires_seconds` it
-        is deleted, once no job reads it. `also` is done in the same transaction.
+        is deleted, once no job reads it. `also` is done in the same transaction. `reserved` bytes are among those in
+        use already.
 
         Raises what `also` and tokenizers.resolve raise, DatasetInvalidError, StorageFullError; nothing is stored then.
         """
@@ -78,7 +89,7 @@ class DatasetUpload:
         )
         path = self._files.path(storage.dataset_path(dataset.id, self.format, self.compression))
         folder = dataset_dir(dataset.id)
-        commit, size = lambda: self._upload.commit(path), self._upload.bytes
+        commit, size = lambda: self._upload.commit(path), None if reserved else self._upload.bytes
         recorded = uploads.recorded(bind, self._files, folder, commit, size, tenant, limits)
         with recorded as session:
             wanted = [BYTES] if tokenizer is None else [BYTES, tokenizers.resolve(session, tokenizer)]

@@ -13,7 +13,7 @@ class Limits:
     max_jobs: int | None = None
     """Unfinished jobs of the key's tenant."""
     max_bytes: int | None = None
-    """What the tenant's datasets, tokenizers, models and checkpoints may hold together."""
+    """What the tenant's datasets, tokenizers, models, checkpoints and open uploads may hold together."""
 
 
 UNLIMITED = Limits()

@@ -14,8 +14,9 @@ from sqlalchemy.orm import Session
 
 from service import database
 from service.errors import StorageQuotaExceededError, TooManyJobsError
-from service.models import Checkpoint, Dataset, Job, Model, Tokenizer
+from service.models import Checkpoint, Dataset, Job, Model, PartUpload, Tokenizer, UploadPart
 from service.status import TERMINAL
+from service.upload_states import keeps_parts
 
 
 def admit_job(session: Session) -> None:
@@ -25,7 +26,7 @@ def admit_job(session: Session) -> None:
     """
     limit = database.limits_of(session).max_jobs
     if limit is not None:
-        _lock(session)
+        _take_lock(session)
         unfinished = select(func.count()).select_from(Job).where(Job.status.not_in([s.value for s in TERMINAL]))
         jobs = session.scalars(unfinished).one()
         if jobs >= limit:
@@ -35,9 +36,15 @@ def admit_job(session: Session) -> None:
 
 def admit_bytes(session: Session, added: int) -> None:
     """Whether the session's tenant may store `added` bytes more. Raises StorageQuotaExceededError."""
+    lock(session)
+    check_bytes(session, added)
+
+
+def lock(session: Session) -> None:
+    """Of what the tenant's bytes are counted under, if they are limited: until the transaction ends, nobody else
+    adds to them."""
     if database.limits_of(session).max_bytes is not None:
-        _lock(session)
-        check_bytes(session, added)
+        _take_lock(session)
 
 
 def check_bytes(session: Session, added: int) -> None:
@@ -52,15 +59,19 @@ def check_bytes(session: Session, added: int) -> None:
 
 
 def bytes_in_use(session: Session) -> int:
-    """What the tenant's datasets, tokenizers, uploaded models and checkpoints hold. An output model is one of its job's
-    checkpoints."""
+    """What the tenant's datasets, tokenizers, uploaded models and checkpoints hold, and uploads in parts that are open:
+    as much as was announced, or as their parts hold if that is more. An output model is one of its job's checkpoints.
+    """
     files = func.jsonb_array_elements(Checkpoint.files)
     file = files.table_valued(column("value", JSONB), joins_implicitly=True).c.value
     in_checkpoints = select(func.sum(file["bytes"].astext.cast(BigInteger))).select_from(Checkpoint)
     uploaded = (select(func.sum(table.bytes)) for table in (Dataset, Tokenizer, Model))
-    return sum(int(session.scalar(query) or 0) for query in (*uploaded, in_checkpoints))
+    parts = select(func.coalesce(func.sum(UploadPart.bytes), 0)).where(UploadPart.upload_id == PartUpload.id)
+    held = func.greatest(PartUpload.bytes, parts.correlate(PartUpload).scalar_subquery())
+    in_parts = select(func.sum(held)).where(keeps_parts())
+    return sum(int(session.scalar(query) or 0) for query in (*uploaded, in_checkpoints, in_parts))
 
 
-def _lock(session: Session) -> None:
+def _take_lock(session: Session) -> None:
     name = hashlib.sha256(f"quota of {database.tenant_of(session)}".encode()).digest()
     session.execute(select(func.pg_advisory_xact_lock(int.from_bytes(name[:8], signed=True))))

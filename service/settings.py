@@ -66,6 +66,8 @@ class Settings(DatabaseSettings):
     """Largest base model that the API takes, all its files together."""
     max_expanded_bytes: int = Field(default=64 * 1024**3, ge=1)
     """Largest text that a compressed dataset file may stand for."""
+    read_seconds: float = Field(default=1_800, gt=0, allow_inf_nan=False)
+    """How long the API may compute to read and check one dataset file."""
     trainer_threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
     calibration_seconds: float = Field(default=86_400, ge=0, allow_inf_nan=False)
     """Age from which a worker that starts measures its machine again; 0: always."""

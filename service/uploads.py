@@ -32,23 +32,26 @@ def recorded(
     files: Storage,
     folder: str,
     commit: Callable[[], None],
-    size: int,
+    size: int | None,
     tenant: str,
     limits: Limits = UNLIMITED,
 ) -> Iterator[Session]:
     """Have `commit` put the files into `folder`, relative to the data folder; then the transaction, the tenant's, that
     adds their row. Both are there in the end, or neither.
 
-    `size` is what they hold, in bytes. Where this process or the database dies meanwhile, which of them is there is in
-    doubt until `settle` looks. Raises StorageFullError, StorageQuotaExceededError, and FilesGoneError where this
-    process stood still for so long that `settle` has looked.
+    `size` is what they hold, in bytes; None if it is among the tenant's bytes in use already. Where this process or
+    the database dies meanwhile, which of them is there is in doubt until `settle` looks. Raises StorageFullError,
+    StorageQuotaExceededError, and FilesGoneError where this process stood still for so long that `settle` has looked.
     """
     files.doubt(folder)
     committing = False
     try:
         commit()
         with database.transaction(bind, tenant, limits) as session:
-            quotas.admit_bytes(session, size)
+            if size is None:
+                quotas.lock(session)
+            else:
+                quotas.admit_bytes(session, size)
             yield session
             session.flush()
             _check_there(files, folder)

@@ -68,7 +68,13 @@ async def create(request: Request, context: ContextDep, caller: CallerDep) -> Fi
 
     def open_sink(filename: str) -> DatasetUpload:
         settings = context.settings
-        return DatasetUpload(context.storage, filename, settings.max_upload_bytes, settings.max_expanded_bytes)
+        return DatasetUpload(
+            context.storage,
+            filename,
+            settings.max_upload_bytes,
+            settings.max_expanded_bytes,
+            settings.read_seconds,
+        )
 
     def store(sink: DatasetUpload, *texts: str | None) -> FileObject:
         purpose, anchor, seconds, name, tokenizer = texts
@@ -84,7 +90,8 @@ async def create(request: Request, context: ContextDep, caller: CallerDep) -> Fi
         )
         return FileObject.of_dataset(row)
 
-    return await receive_upload(request, open_sink, store, ("purpose", ANCHOR, SECONDS, "name", "tokenizer"))
+    texts = ("purpose", ANCHOR, SECONDS, "name", "tokenizer")
+    return await receive_upload(request, open_sink, store, texts, limiter=context.readers.of(caller.tenant))
 
 
 def _expiry(anchor: str | None, seconds: str | None) -> int | None:

@@ -22,6 +22,7 @@ UPLOAD_ERRORS = (
     "409 model_not_ready",
     "413 upload_too_large",
     "413 upload_expands_too_far",
+    "413 upload_takes_too_long",
     "413 storage_quota_exceeded",
     "422 dataset_invalid",
     "422 dataset_format_unsupported",
@@ -67,13 +68,21 @@ async def upload(request: Request, response: Response, context: ContextDep, call
 
     def open_sink(filename: str) -> DatasetUpload:
         settings = context.settings
-        return DatasetUpload(context.storage, filename, settings.max_upload_bytes, settings.max_expanded_bytes)
+        return DatasetUpload(
+            context.storage,
+            filename,
+            settings.max_upload_bytes,
+            settings.max_expanded_bytes,
+            settings.read_seconds,
+        )
 
     def store(sink: DatasetUpload, name: str | None, tokenizer: str | None) -> DatasetResponse:
         row = sink.store(context.engine, name, tokenizer, tenant=caller.tenant, limits=caller.limits)
         return DatasetResponse.of_row(row)
 
-    dataset = await receive_upload(request, open_sink, store, ("name", "tokenizer"))
+    dataset = await receive_upload(
+        request, open_sink, store, ("name", "tokenizer"), limiter=context.readers.of(caller.tenant)
+    )
     response.headers["Location"] = f"/datasets/{dataset.id}"
     return dataset
 

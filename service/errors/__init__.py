@@ -41,14 +41,18 @@ from service.errors.jobs import (
 )
 from service.errors.models import BuiltinModelError, ModelInUseError, ModelInvalidError, ModelNotReadyError
 from service.errors.uploads import (
+    CompletionsBusyError,
     ResultFileError,
     StorageFullError,
     StorageQuotaExceededError,
     UploadBusyError,
     UploadExpandsTooFarError,
+    UploadInterruptedError,
     UploadMismatchError,
+    UploadPartsGoneError,
     UploadsOpenError,
     UploadStateError,
+    UploadTakesTooLongError,
     UploadTooLargeError,
 )
 from service.errors.webhooks import (
@@ -63,6 +67,7 @@ __all__ = [
     "BuiltinModelError",
     "ChatTemplateRefusedError",
     "CheckpointDamagedError",
+    "CompletionsBusyError",
     "DatasetFormatError",
     "DatasetInUseError",
     "DatasetInvalidError",
@@ -99,8 +104,11 @@ __all__ = [
     "TooManyWebhooksError",
     "UploadBusyError",
     "UploadExpandsTooFarError",
+    "UploadInterruptedError",
     "UploadMismatchError",
+    "UploadPartsGoneError",
     "UploadStateError",
+    "UploadTakesTooLongError",
     "UploadTooLargeError",
     "UploadsOpenError",
     "WebhookDisabledError",

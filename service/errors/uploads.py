@@ -39,6 +39,20 @@ class UploadExpandsTooFarError(ServiceError):
             )
 
 
+class UploadTakesTooLongError(ServiceError):
+    """To read the upload takes more time than it may; what had arrived is gone again."""
+
+    status = 413
+    code = "upload_takes_too_long"
+
+    def __init__(self, limit_seconds: float) -> None:
+        super().__init__(
+            f"To read the file takes a processor more than {limit_seconds:g} seconds.",
+            max_read_seconds=limit_seconds,
+            hint="split the file, or have SLIMTUNE_READ_SECONDS raised",
+        )
+
+
 class StorageFullError(ServiceError):
     """No space left on the device of the data folder."""
 
@@ -58,8 +72,8 @@ class StorageQuotaExceededError(ServiceError):
     def __init__(self, in_use_bytes: int, added_bytes: int, limit_bytes: int) -> None:
         more = f", and this is {added_bytes} more" if added_bytes else ""
         super().__init__(
-            f"{in_use_bytes} of {limit_bytes} bytes are in use{more}. Delete datasets, tokenizers or models; a model "
-            "that a job made is its last checkpoint.",
+            f"{in_use_bytes} of {limit_bytes} bytes are in use{more}. Delete datasets, tokenizers or models, or "
+            "cancel uploads; a model that a job made is its last checkpoint.",
             bytes_in_use=in_use_bytes,
             added_bytes=added_bytes,
             max_bytes=limit_bytes,
@@ -85,6 +99,40 @@ class UploadBusyError(ServiceError):
 
     def __init__(self, upload_id: str) -> None:
         super().__init__("The parts are being put together. Ask again in some seconds.", upload=upload_id)
+
+
+class UploadInterruptedError(ServiceError):
+    """The server stops, and with it the work on the parts."""
+
+    status = 503
+    code = "upload_interrupted"
+    retry_after_seconds = 10
+
+    def __init__(self, upload_id: str) -> None:
+        super().__init__("The server is stopping; the upload is as it was. Ask again.", upload=upload_id)
+
+
+class UploadPartsGoneError(ServiceError):
+    """The files of parts are not there any more."""
+
+    status = 409
+    code = "upload_parts_gone"
+
+    def __init__(self, upload_id: str) -> None:
+        super().__init__(
+            "Parts of the upload are not stored any more.", upload=upload_id, hint="cancel it, and send the file anew"
+        )
+
+
+class CompletionsBusyError(ServiceError):
+    """The tenant's place for putting parts together is taken."""
+
+    status = 429
+    code = "too_many_completions"
+    retry_after_seconds = 10
+
+    def __init__(self) -> None:
+        super().__init__("Another upload is being completed; one at a time is. Ask again in some seconds.")
 
 
 class UploadsOpenError(ServiceError):

@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator
 import openai
 import pytest
 from openai import OpenAI
-from sqlalchemy import Engine
+from sqlalchemy import Engine, func, update
 from starlette.testclient import TestClient
 
 from api.app import create_app
-from service import keys
+from service import keys, quotas
 from service.database import transaction
 from service.limits import Limits
+from service.models import PartUpload
 from service.settings import Settings
+from service.upload_states import GRACE
 from tests.integration.openai_client import openai_over
 
 TEXT = b"some text, and more of it\n" * 40
@@ -77,10 +79,10 @@ def test_what_a_key_allows_holds_here_too(as_tenant: Callable[..., OpenAI]) -> N
     api = as_tenant("small", max_bytes=2 * len(TEXT), max_jobs=1)
     file = api.files.create(file=("a.txt", TEXT), purpose="fine-tune").id
 
-    def begin(size: int) -> object:
-        return api.uploads.create(bytes=size, filename="b.txt", mime_type="text/plain", purpose="fine-tune")
+    def begin(size: int) -> str:
+        return api.uploads.create(bytes=size, filename="b.txt", mime_type="text/plain", purpose="fine-tune").id
 
-    begin(len(TEXT))
+    upload = begin(len(TEXT))
     refusals: list[Callable[[], object]] = [
         lambda: begin(1),  # beside the one that is open
         lambda: api.files.create(file=("b.txt", TEXT + b"x"), purpose="fine-tune"),
@@ -89,6 +91,7 @@ def test_what_a_key_allows_holds_here_too(as_tenant: Callable[..., OpenAI]) -> N
         with pytest.raises(openai.APIStatusError) as full:
             refused()
         assert (full.value.status_code, full.value.code) == (413, "storage_quota_exceeded")
+    api.uploads.cancel(upload)
 
     def create() -> object:
         return api.fine_tuning.jobs.create(
@@ -100,3 +103,38 @@ def test_what_a_key_allows_holds_here_too(as_tenant: Callable[..., OpenAI]) -> N
         create()
     assert many.value.code == "too_many_jobs"
     assert many.value.response.headers["x-should-retry"] == "false"
+
+
+def test_uploads_in_parts_hold_room_from_their_beginning_to_their_end(
+    as_tenant: Callable[..., OpenAI], bind: Engine
+) -> None:
+    """What is announced, and what parts hold beyond it, counts; what is completed counts once."""
+    size = len(TEXT)
+    api = as_tenant("small", max_bytes=2 * size)
+
+    def in_use() -> int:
+        with transaction(bind, "small") as session:
+            return quotas.bytes_in_use(session)
+
+    def begin() -> str:
+        return api.uploads.create(bytes=size, filename="b.txt", mime_type="text/plain", purpose="fine-tune").id
+
+    def refused(act: Callable[[], object]) -> None:
+        with pytest.raises(openai.APIStatusError) as full:
+            act()
+        assert (full.value.status_code, full.value.code) == (413, "storage_quota_exceeded")
+
+    first, second = begin(), begin()
+    assert in_use() == 2 * size
+    refused(lambda: api.files.create(file=("a.txt", b"x"), purpose="fine-tune"))
+    part = api.uploads.parts.create(first, data=TEXT).id
+    refused(lambda: api.uploads.parts.create(first, data=TEXT[:1]))  # beyond what was announced
+    assert api.uploads.complete(first, part_ids=[part]).status == "completed"
+    assert in_use() == 2 * size
+    api.uploads.cancel(second)
+    assert in_use() == size
+    third = begin()
+    with transaction(bind) as session:
+        session.execute(update(PartUpload).where(PartUpload.id == third).values(expires_at=func.now() - GRACE))
+    assert in_use() == size
+    api.files.create(file=("c.txt", TEXT), purpose="fine-tune")

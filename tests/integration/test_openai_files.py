@@ -13,14 +13,15 @@ from typing import Any
 import openai
 import pytest
 from openai import OpenAI
-from sqlalchemy import Engine, func, update
+from sqlalchemy import Engine, func, select, update
 from starlette.testclient import TestClient
 
 from api.middleware import MAX_JSON_BYTES
-from service import datasets, jobs, part_uploads
+from service import datasets, jobs, part_completions, part_uploads
 from service.database import transaction
 from service.errors import UploadStateError
 from service.models import Dataset, PartUpload
+from service.part_completions import Wanted
 from service.settings import Settings
 from service.storage import Storage
 from tests.integration.openai_client import openai_over
@@ -232,16 +233,23 @@ def test_parts_have_limits(api: OpenAI, storage: Storage, monkeypatch: pytest.Mo
     begin(api)
 
 
+def expire(bind: Engine, upload_id: str, ago: timedelta) -> None:
+    with transaction(bind) as session:
+        session.execute(
+            update(PartUpload).where(PartUpload.id == upload_id).values(expires_at=func.clock_timestamp() - ago)
+        )
+
+
 def test_parts_of_an_upload_that_has_expired_are_swept(api: OpenAI, bind: Engine, storage: Storage) -> None:
     expired, alive = begin(api), begin(api)
     (part,) = send(api, expired, LINES)
     send(api, alive, LINES)
     assert part_uploads.settle(bind, storage) == []
-    with transaction(bind) as session:
-        values = {"expires_at": func.now() - timedelta(seconds=1)}
-        session.execute(update(PartUpload).where(PartUpload.id == expired).values(values))
+    expire(bind, expired, timedelta(seconds=30))
     with pytest.raises(openai.ConflictError, match="expired"):
         api.uploads.complete(expired, part_ids=[part])
+    assert part_uploads.settle(bind, storage) == []  # a request that came in time may be about to claim it
+    expire(bind, expired, timedelta(seconds=61))
     assert part_uploads.settle(bind, storage) == [expired]
     assert [name.split("/")[1] for name in files_below(storage)] == [alive]
     with transaction(bind) as session:
@@ -252,6 +260,21 @@ def test_parts_of_an_upload_that_has_expired_are_swept(api: OpenAI, bind: Engine
     assert files_below(storage) == []
 
 
+def test_a_completion_that_fails_lengthens_no_hour(api: OpenAI, bind: Engine, storage: Storage) -> None:
+    upload_id = begin(api)
+    parts = send(api, upload_id, LINES)
+    expire(bind, upload_id, timedelta(minutes=-5))
+
+    def ends_at() -> Any:
+        with transaction(bind) as session:
+            return session.scalars(select(PartUpload.expires_at)).one()
+
+    before = ends_at()
+    with pytest.raises(openai.UnprocessableEntityError):
+        api.uploads.complete(upload_id, part_ids=parts, md5="0" * 32)
+    assert ends_at() == before
+
+
 def test_two_completions_at_once_make_one_file(
     api: OpenAI, settings: Settings, bind: Engine, storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,7 +282,7 @@ def test_two_completions_at_once_make_one_file(
     upload_id = begin(api)
     parts = send(api, upload_id, *halves())
     reading, go_on = threading.Event(), threading.Event()
-    blocks: Callable[..., Any] = part_uploads._blocks
+    blocks: Callable[..., Any] = part_completions._blocks
 
     def slowly(*arguments: Any) -> Any:
         read = list(blocks(*arguments))
@@ -267,10 +290,10 @@ def test_two_completions_at_once_make_one_file(
         assert go_on.wait(30)
         return read
 
-    monkeypatch.setattr(part_uploads, "_blocks", slowly)
+    monkeypatch.setattr(part_completions, "_blocks", slowly)
 
     def complete() -> Any:
-        return part_uploads.complete(bind, storage, settings, upload_id, parts, None, "default")
+        return part_completions.complete(bind, storage, settings, Wanted(upload_id, parts, None), "default")
 
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(complete)
@@ -287,7 +310,7 @@ def test_two_completions_at_once_make_one_file(
         # Were the first request held to have died, the second one would win, and the first make nothing.
         with transaction(bind) as session:
             session.execute(update(PartUpload).values(claimed_until=func.now() - timedelta(seconds=1)))
-        monkeypatch.setattr(part_uploads, "_blocks", blocks)
+        monkeypatch.setattr(part_completions, "_blocks", blocks)
         second = api.uploads.complete(upload_id, part_ids=parts)
         go_on.set()
         with pytest.raises(UploadStateError):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 from collections.abc import Iterable
 
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
 from service import dataset_files
+from service.compression import Compression
 from service.dataset_files import DatasetCounts, DatasetFormat, reader
-from service.errors import DatasetInvalidError
+from service.errors import DatasetInvalidError, UploadTakesTooLongError
 
 LIMIT_BYTES = 1 << 30
 
@@ -108,3 +111,22 @@ def test_a_file_without_text_is_refused(file_format: DatasetFormat, data: bytes)
 
 def test_windows_line_ends_and_blank_lines_are_no_documents() -> None:
     assert read("jsonl", b'{"text": "ab"}\r\n\r\n{"text": "c"}\r\n') == DatasetCounts("text", 2, 5, 3)
+
+
+@pytest.mark.parametrize("compression", ["gzip", "zstd", None])
+def test_a_file_that_takes_too_long_is_given_up_at_once(
+    compression: Compression | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second for each block that the file stands for, of which it has many more than it may take seconds."""
+    clock = itertools.count()
+    monkeypatch.setattr(dataset_files, "thread_time", lambda: float(next(clock)))
+    read_blocks: list[None] = []
+    instance = reader("txt", compression, LIMIT_BYTES, 3.0, lambda: read_blocks.append(None))
+    data = bytes(32 << 20)
+    portions = {"gzip": [gzip.compress(data)], "zstd": [zstandard.compress(data)], None: [b"x"] * 32}[compression]
+    with pytest.raises(UploadTakesTooLongError) as caught:
+        for portion in portions * 2:
+            instance.feed(portion)
+            assert len(read_blocks) <= 3
+    assert len(read_blocks) <= 3
+    assert caught.value.fields["max_read_seconds"] == 3.0
