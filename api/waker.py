@@ -9,7 +9,7 @@ from celery import Celery
 
 from service import queue
 
-LEAST_SECONDS = 0.05
+LEAST_SECONDS = 0.25
 """Between two messages of this process."""
 
 
