@@ -331,7 +331,7 @@ def test_what_nobody_foresaw_is_an_outcome_too(
 ) -> None:
     webhook = add_webhook(bind, allowed, receiver.url)
     fail(bind, job.id)
-    monkeypatch.setattr("worker.webhooks._outcome", lambda _: int("no number"))
+    monkeypatch.setattr("worker.webhooks._outcome", lambda _: dict[str, Any]()["what nobody thought of"])
     assert send(bind, allowed) == 1
     assert state(bind, webhook) == ("pending", 1, None, "unreachable")
 

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import pytest
 from typer.testing import CliRunner
 
@@ -274,8 +275,22 @@ def test_a_quiet_stream_is_not_one_whose_service_is_away(
     client: Client, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Heartbeats count: what has been quiet for long is asked for again like any other."""
-    clock = iter(float(10 * moment) for moment in range(1_000))  # ten seconds from each look to the next
-    monkeypatch.setattr("cli.client.time.monotonic", lambda: next(clock))
+    now = 0.0  # goes on with each look at it, and with each line of a stream
+
+    def monotonic() -> float:
+        nonlocal now
+        now += 10
+        return now
+
+    lines = httpx2.Response.iter_lines
+
+    def slowly(response: httpx2.Response) -> Iterator[str]:
+        for line in lines(response):
+            monotonic()
+            yield line
+
+    monkeypatch.setattr("cli.client.time.monotonic", monotonic)
+    monkeypatch.setattr(httpx2.Response, "iter_lines", slowly)
     monkeypatch.setattr("cli.client.AWAY_SECONDS", 100.0)
     quiet = b'id: 1\nevent: queued\ndata: {"id": 1}\n\n' + b": heartbeat\n\n" * 20
     script.first = [(200, "text/event-stream", quiet), UNAVAILABLE, None]
