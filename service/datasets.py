@@ -20,6 +20,7 @@ from service.ids import is_id, new_id
 from service.limits import UNLIMITED, Limits
 from service.models import Dataset, Job, Tokenization, Tokenizer
 from service.pages import newest_first, oldest_first
+from service.settings import Settings
 from service.status import TERMINAL, UNFINISHED
 from service.storage import Storage, dataset_dir
 from service.tokenizers import BYTES
@@ -46,6 +47,14 @@ class DatasetUpload:
             self.format, self.compression, expanded_limit_bytes or limit_bytes, read_seconds, meanwhile
         )
         self._upload = files.upload(limit_bytes)
+
+    @classmethod
+    def within(
+        cls, settings: Settings, files: Storage, filename: str, meanwhile: Callable[[], None] = lambda: None
+    ) -> Self:
+        """With the limits that the operator has set. Raises DatasetFormatError."""
+        limits = settings.max_upload_bytes, settings.max_expanded_bytes, settings.read_seconds
+        return cls(files, filename, *limits, meanwhile)
 
     def write(self, data: bytes) -> None:
         """Take the next bytes. Raises UploadTooLargeError, UploadExpandsTooFarError, UploadTakesTooLongError,

@@ -127,23 +127,11 @@ def complete(
 
     def conclude(session: Session, dataset: Dataset) -> None:
         claim.update(
-            session,
-            status=COMPLETED,
-            completed_at=func.now(),
-            dataset_id=dataset.id,
-            claim=None,
-            claimed_until=None,
+            session, status=COMPLETED, completed_at=func.now(), dataset_id=dataset.id, claim=None, claimed_until=None
         )
 
     try:
-        with DatasetUpload(
-            files,
-            upload.filename,
-            settings.max_upload_bytes,
-            settings.max_expanded_bytes,
-            settings.read_seconds,
-            between_blocks,
-        ) as sink:
+        with DatasetUpload.within(settings, files, upload.filename, between_blocks) as sink:
             _assemble(files, wanted, sink, claim)
             claim.renew()  # to write the file to the disk may take a while, too
             dataset = sink.store(

@@ -16,9 +16,10 @@ from api.openai.paging import Limit, page_size
 from api.openai.requests import MAX_EXPIRY_SECONDS, MIN_EXPIRY_SECONDS, ExpiresAfter
 from api.openai.responses import Deleted, FileObject, ListOf, list_of
 from api.problems import documented
+from api.routes import datasets as dataset_routes
 from api.routes.datasets import UPLOAD_ERRORS
 from api.uploads import form_body, receive_upload
-from service import datasets, result_files, uploads
+from service import datasets, result_files
 from service.datasets import DatasetUpload
 from service.errors import ResultFileError
 from service.ids import is_id
@@ -67,14 +68,7 @@ async def create(request: Request, context: ContextDep, caller: CallerDep) -> Fi
     file's id is the dataset's."""
 
     def open_sink(filename: str) -> DatasetUpload:
-        settings = context.settings
-        return DatasetUpload(
-            context.storage,
-            filename,
-            settings.max_upload_bytes,
-            settings.max_expanded_bytes,
-            settings.read_seconds,
-        )
+        return DatasetUpload.within(context.settings, context.storage, filename)
 
     def store(sink: DatasetUpload, *texts: str | None) -> FileObject:
         purpose, anchor, seconds, name, tokenizer = texts
@@ -160,7 +154,5 @@ def delete(file_id: str, session: SessionDep, context: ContextDep, background: B
     """With its tokens. Refused while a job that is not finished reads it, and for what a job has left."""
     if not is_id("ds", file_id):
         raise ResultFileError(_get(session, context.storage, file_id).id)
-    folder = datasets.delete(session, file_id)
-    uploads.leave(context.storage, folder)
-    background.add_task(context.storage.remove, folder)
+    dataset_routes.delete(file_id, session, context, background)
     return Deleted(id=file_id, object="file")

@@ -9,8 +9,8 @@ from fastapi import APIRouter, BackgroundTasks, Query
 from api.dependencies import ContextDep, SessionDep
 from api.openai.responses import Deleted, ListOf, ModelObject, list_of
 from api.problems import documented
-from service import base_models, uploads
-from service.errors import BuiltinModelError
+from api.routes import models
+from service import base_models
 from slim_core.config import BUILTIN_MODELS
 
 router = APIRouter(prefix="/models")
@@ -49,9 +49,5 @@ def get(model_id: str, session: SessionDep) -> ModelObject:
 )
 def delete(model_id: str, session: SessionDep, context: ContextDep, background: BackgroundTasks) -> Deleted:
     """Of an output, this deletes the checkpoint that it is. Refused while a job that is not finished starts from it."""
-    if model_id in BUILTIN_MODELS:
-        raise BuiltinModelError(model_id)
-    folder = base_models.delete(session, model_id)
-    uploads.leave(context.storage, folder)
-    background.add_task(context.storage.remove, folder)
+    models.delete(model_id, session, context, background)
     return Deleted(id=model_id, object="model")

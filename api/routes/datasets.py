@@ -67,14 +67,7 @@ async def upload(request: Request, response: Response, context: ContextDep, call
     """
 
     def open_sink(filename: str) -> DatasetUpload:
-        settings = context.settings
-        return DatasetUpload(
-            context.storage,
-            filename,
-            settings.max_upload_bytes,
-            settings.max_expanded_bytes,
-            settings.read_seconds,
-        )
+        return DatasetUpload.within(context.settings, context.storage, filename)
 
     def store(sink: DatasetUpload, name: str | None, tokenizer: str | None) -> DatasetResponse:
         row = sink.store(context.engine, name, tokenizer, tenant=caller.tenant, limits=caller.limits)
