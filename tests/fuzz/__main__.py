@@ -2,7 +2,8 @@
 
     python -m tests.fuzz [--seed N] [--seconds S] [--requests N] [--out FOLDER]
 
-The seed is drawn and printed where none is given. Writes docs/figures/fuzz.json; exits with 1 after a violation.
+The seed is drawn and printed where none is given. Writes docs/figures/fuzz.json and .png; exits with 1 after a
+violation.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 from benchmarks.bench_measure import ROOT, machine
 from cli.embedded import EmbeddedServers
 from tests.chaos.arena import migrate
+from tests.fuzz import figure
 from tests.fuzz.contract import ENVIRONMENT, Verdict, conform
 from tests.fuzz.live import LiveApi, live_api
 from tests.fuzz.siege import GROWTH_BYTES, MAX_ERROR_BYTES, Outcome, besiege
@@ -37,7 +39,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=secrets.randbelow(2**31))
     parser.add_argument("--seconds", type=int, default=600, help="for schemathesis")
     parser.add_argument("--requests", type=int, default=FULL_REQUESTS, help="hostile ones")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures", help="folder of fuzz.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures", help="folder of fuzz.json and .png")
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}", flush=True)
     with tempfile.TemporaryDirectory() as scratch, an_api(Path(scratch)) as (api, folder):
@@ -57,7 +59,7 @@ def main() -> int:
             "seconds": round(seconds, 1),
             "requests": outcome.requests,
             "statuses": dict(sorted(outcome.statuses.items())),
-            "kinds": dict(sorted(outcome.kinds.items())),
+            "kinds": by_kind(outcome),
             "violations": outcome.violations[:100],
             "largest_error_bytes": outcome.largest_error_bytes,
             "batches_counted": outcome.compared,
@@ -74,7 +76,8 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "fuzz.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written: {path}")
+    figure.draw(record, path.with_suffix(".png"))
+    print(f"written: {path} and its picture")
     return 0 if not outcome.violations and not verdict.failures else 1
 
 
@@ -89,6 +92,14 @@ def an_api(scratch: Path) -> Iterator[tuple[LiveApi, Path]]:
         migrate(url)
         with live_api(url, servers.redis_url, scratch, **ENVIRONMENT) as api:
             yield api, scratch
+
+
+def by_kind(outcome: Outcome) -> dict[str, dict[str, int]]:
+    """Answers by status, for each kind of attack."""
+    kinds: dict[str, dict[str, int]] = {}
+    for (kind, status), count in sorted(outcome.answers.items()):
+        kinds.setdefault(kind, {})[status] = count
+    return kinds
 
 
 def targets(outcome: Outcome, verdict: Verdict) -> list[dict[str, Any]]:

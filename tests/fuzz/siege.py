@@ -31,13 +31,20 @@ class Outcome:
     """Of a siege."""
 
     requests: int = 0
-    statuses: Counter[str] = field(default_factory=Counter)
-    kinds: Counter[str] = field(default_factory=Counter)
+    answers: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """By kind of attack and status; `None` where there was none."""
     violations: list[str] = field(default_factory=list)
     largest_error_bytes: int = 0
     compared: int = 0
     """Batches of requests after which rows and files were counted."""
     growth_bytes: int = 0
+
+    @property
+    def statuses(self) -> Counter[str]:
+        counted: Counter[str] = Counter()
+        for (_, status), count in self.answers.items():
+            counted[status] += count
+        return counted
 
 
 def besiege(api: LiveApi, seed: int, count: int, batch: int = 10) -> Outcome:
@@ -88,13 +95,12 @@ def _begun(api: LiveApi) -> dict[str, str]:
 def _attack(api: LiveApi, attack: Attack, outcome: Outcome) -> bool:
     """Send one and judge; whether it was accepted and may have stored something."""
     outcome.requests += 1
-    outcome.kinds[attack.kind] += 1
     try:
         answer = send(api.port, attack)
     except TimeoutError:
         outcome.violations.append(f"{attack.kind}: no answer: {attack.head[:200]!r}")
         return False
-    outcome.statuses[str(answer.status)] += 1
+    outcome.answers[attack.kind, str(answer.status)] += 1
     if answer.status is not None and answer.status >= 400:
         outcome.largest_error_bytes = max(outcome.largest_error_bytes, len(answer.body))
     sent = b"".join([attack.head[:200], *(portion[:300] for portion in attack.body[:1])])

@@ -185,9 +185,9 @@ def test_parts_are_put_together_in_the_order_that_is_said_and_only_once(api: Ope
 def test_what_is_not_the_announced_file_is_refused_and_can_be_put_right(api: OpenAI, storage: Storage) -> None:
     upload_id = begin(api)
     first, second = send(api, upload_id, *halves())
-    digest = hashlib.md5(LINES, usedforsecurity=False).hexdigest()
+    digest, half = (hashlib.md5(text, usedforsecurity=False).hexdigest() for text in (LINES, halves()[0]))
     refusals: list[tuple[list[str], str, type[openai.APIStatusError], str]] = [
-        ([first], digest, openai.UnprocessableEntityError, "upload_mismatch"),
+        ([first], half, openai.UnprocessableEntityError, "upload_mismatch"),
         ([first, first], digest, openai.UnprocessableEntityError, "upload_mismatch"),
         ([first, second], "0" * 32, openai.UnprocessableEntityError, "upload_mismatch"),
         ([second, first], digest, openai.UnprocessableEntityError, "upload_mismatch"),
