@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from api import remembered_plans
-from slim_core.config import BUILTIN_MODELS, OptimizerConfig, ScheduleConfig, TrainConfig
+from slim_core.config import BUILTIN_MODELS, LoraConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from slim_core.planning import Chunking, Workload, default_calibration, plan_with_lessons
 
 CAP = 1 << 30
@@ -30,6 +31,28 @@ def test_what_a_sweep_varies_changes_no_plan(optimizer: OptimizerConfig) -> None
     varied = replace(TRAIN, optimizer=optimizer, schedule=ScheduleConfig("constant", 7), seed=9)
     workload = replace(WORKLOAD, train=varied)
     assert remembered_plans.plan(workload, CAP, known) == plan_with_lessons(workload, CAP, calibration)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"precision": "bfloat16"},
+        {"lora": LoraConfig()},
+        {"sequence_length": 2_048},
+        {"batch_size": 3},
+        {"dropout": 0.1},
+        {"optimizer": OptimizerConfig(name="adafactor")},
+        {"optimizer": OptimizerConfig(name="sgd")},
+    ],
+)
+def test_what_a_plan_depends_on_is_another_plan(change: dict[str, Any]) -> None:
+    """Also where the other one is remembered already."""
+    calibration = default_calibration()
+    known = remembered_plans.calibration_of(calibration.to_json())
+    first = remembered_plans.plan(WORKLOAD, CAP, known)
+    workload = replace(WORKLOAD, train=replace(TRAIN, **change))
+    plan = remembered_plans.plan(workload, CAP, known)
+    assert plan == plan_with_lessons(workload, CAP, calibration) != first
 
 
 def test_plans_of_a_sweep_are_one_and_others_are_not() -> None:
