@@ -75,6 +75,8 @@ ERRORS: tuple[ServiceError, ...] = (
     errors.StorageFullError(),
     errors.CheckpointDamagedError("model.safetensors"),
     errors.NoCheckpointError(JOB, "failed"),
+    errors.JobUnfinishedError(JOB, "running"),
+    errors.CheckpointInUseError(JOB, 200, MODEL),
     errors.GenerateUnavailableError(),
     errors.GenerateBusyError(1),
     errors.GenerateMemoryError(

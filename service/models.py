@@ -229,6 +229,7 @@ class Job(Owned, Base):
         Index("jobs_lease", "lease_until", postgresql_where=text("status = 'running'")),
         Index("jobs_queued", "tenant", "id", postgresql_where=text("status = 'queued'")),
         Index("jobs_running", "device_id", postgresql_where=text("status = 'running'")),
+        Index("jobs_finished", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
     )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
@@ -289,6 +290,17 @@ class Job(Owned, Base):
     """Folder of its tokenizer, relative to the data folder; None for bytes."""
     tokenizer_id: Mapped[str | None] = mapped_column(Id)
     """The tokenizer that the request named, if it named one."""
+    thinned_at: Mapped[datetime | None]
+    """When most of its metrics were deleted (retention.py)."""
+
+
+class DeletedAttempts(Base):
+    """Attempts of jobs that have been deleted since, by why they ended: what is counted never gets less."""
+
+    __tablename__ = "deleted_attempts"
+
+    reason: Mapped[str] = mapped_column(primary_key=True)
+    count: Mapped[int]
 
 
 class Device(Base):
@@ -414,12 +426,15 @@ class WebhookDelivery(Base):
         CheckConstraint("status IN ('pending', 'delivered', 'failed')", name="webhook_deliveries_status"),
         Index("webhook_deliveries_due", "webhook_id", "next_attempt_at", postgresql_where=text("status = 'pending'")),
         Index("webhook_deliveries_done", "finished_at", postgresql_where=text("status <> 'pending'")),
+        Index("webhook_deliveries_job_id", "job_id", postgresql_where=text("job_id IS NOT NULL")),
     )
 
     webhook_id: Mapped[str] = mapped_column(Id, ForeignKey("webhooks.id", ondelete="CASCADE"), primary_key=True)
     event_id: Mapped[str] = mapped_column(Id, primary_key=True)
     """The same for all webhooks that hear of the event."""
     type: Mapped[str]
+    job_id: Mapped[str | None] = mapped_column(Id)
+    """What it tells of, if that is a job. No foreign key: to look one up would delay the end of every job."""
     body: Mapped[str]
     """As it is sent, each time."""
     status: Mapped[str] = mapped_column(server_default="pending")

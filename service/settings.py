@@ -103,13 +103,29 @@ class Settings(DatabaseSettings):
     event_heartbeat_seconds: float = Field(default=15, gt=0, le=3_600, allow_inf_nan=False)
     """Silence after which a stream of events sends a comment."""
 
+    keep_metrics_days: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """From how long after its end on a job keeps no more than a thousand points of its curve, and what of its events
+    tells how it went. None, as of the others: for ever."""
+    keep_checkpoints_days: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """From how long after its end on a job keeps no checkpoints but its output, or else its newest, and its best."""
+    keep_jobs_days: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """How long after its end a job is deleted, output and all, once no unfinished job starts from that."""
+
+    revision: str | None = None
+    """Of the source that this was built from, for /version."""
+
     webhook_allowed: str = ""
     """Where webhooks may go: URLs with commas between them, each for all that lies below it. None: nowhere."""
 
-    @field_validator("metrics_token")
+    @field_validator("metrics_token", "revision")
     @classmethod
-    def _empty_is_none(cls, token: SecretStr | None) -> SecretStr | None:
-        return token or None
+    def _empty_is_none(cls, value: SecretStr | str | None) -> SecretStr | str | None:
+        return value or None
+
+    @field_validator("keep_metrics_days", "keep_checkpoints_days", "keep_jobs_days", mode="before")
+    @classmethod
+    def _empty_is_for_ever(cls, value: object) -> object:
+        return None if value == "" else value
 
     @field_validator("webhook_allowed")
     @classmethod

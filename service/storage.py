@@ -10,6 +10,7 @@
     parts/<upload_id>/<part_id>                 of files that come in parts, until they are put together
     tmp/                                        uploads on their way, folders being deleted
     doubtful/<path, quoted>                     an empty file for each folder whose row comes or goes just now
+    hold                                        an empty file, made by an operator, while a backup copies all this
 
 Names come from the server only. A path in the database is relative, so that the folder can move.
 """
@@ -29,6 +30,8 @@ from urllib.parse import quote, unquote
 
 from service.errors import StorageFullError, UploadTooLargeError
 
+HOLD_SECONDS = 86_400.0
+"""Age from which a hold is taken for one that was forgotten."""
 _COMPRESSION_SUFFIXES = {None: "", "gzip": ".gz", "zstd": ".zst"}
 
 
@@ -50,6 +53,11 @@ def tokens_dir(dataset_id: str, tokenizer_key: str) -> str:
 def tokenizer_dir(tokenizer_id: str) -> str:
     """Relative path of an uploaded or trained tokenizer's folder."""
     return f"tokenizers/{tokenizer_id}"
+
+
+def job_dir(job_id: str) -> str:
+    """Relative path of the folder of all that a job leaves: checkpoints, logs, results."""
+    return f"jobs/{job_id}"
 
 
 def checkpoints_dir(job_id: str) -> str:
@@ -99,6 +107,7 @@ class Storage:
         self.root = root.resolve()
         self._tmp = self.root / "tmp"
         self._doubts = self.root / "doubtful"
+        self._hold = self.root / "hold"
 
     def path(self, relative: str) -> Path:
         """The absolute path. Raises ValueError if it would lie outside the data folder."""
@@ -146,6 +155,23 @@ class Storage:
             return  # what is in doubt stays so: its files may come yet, from a process that has not heard
         self.trust(relative)
         shutil.rmtree(doomed, ignore_errors=True)
+
+    def is_held(self) -> bool:
+        """Whether a backup is under way that needs the files of rows which are deleted meanwhile."""
+        try:
+            return self._hold.stat().st_mtime > time.time() - HOLD_SECONDS
+        except FileNotFoundError:
+            return False
+
+    def retire(self, relative: str) -> None:
+        """`remove` what had a row until now. While files are held it stays, in doubt, and goes with `uploads.settle`.
+
+        Raises StorageFullError.
+        """
+        if self.is_held():
+            self.doubt(relative)
+        else:
+            self.remove(relative)
 
     def doubt(self, relative: str) -> None:
         """Whether the folder has a row is in doubt (service/uploads.py) until `trust`, or `remove` has removed it.

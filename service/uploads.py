@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from service import database, quotas
 from service.errors import StorageFullError
 from service.limits import UNLIMITED, Limits
-from service.models import Checkpoint, Dataset, Model, Tokenizer
+from service.models import Checkpoint, Dataset, Job, Model, Tokenizer
 from service.storage import Storage
 
 DOUBT_SECONDS = 3_600.0
@@ -79,8 +79,11 @@ def leave(files: Storage, folder: str) -> None:
 
 
 def settle(bind: Engine, files: Storage, older_than_seconds: float = DOUBT_SECONDS) -> list[str]:
-    """Remove the folders that are in doubt for so long and have no row; returns them. Raises SQLAlchemyError."""
-    removed = []
+    """Remove the folders that are in doubt for so long and have no row, unless files are held; returns them. Raises
+    SQLAlchemyError."""
+    removed: list[str] = []
+    if files.is_held():
+        return removed
     for folder in files.doubtful(older_than_seconds):
         with database.transaction(bind) as session:
             has_row = session.scalar(_has_row(folder))
@@ -96,5 +99,5 @@ def settle(bind: Engine, files: Storage, older_than_seconds: float = DOUBT_SECON
 
 def _has_row(folder: str) -> Select[tuple[bool]]:
     name = Path(folder).name
-    by_name = [exists().where(table.id == name) for table in (Dataset, Tokenizer, Model)]
+    by_name = [exists().where(table.id == name) for table in (Dataset, Tokenizer, Model, Job)]
     return select(or_(*by_name, exists().where(Model.path == folder), exists().where(Checkpoint.path == folder)))

@@ -154,7 +154,7 @@ class Attempt:
             registered.discard(self._storage.path(path))  # out of the way of the step's next checkpoint
         self._ledger.hold()
         for stray in strays(self._storage.path(checkpoints_dir(self._job.id)), frozenset(registered)):
-            self._storage.remove(str(stray.relative_to(self._storage.root)))
+            self._storage.retire(str(stray.relative_to(self._storage.root)))
         return self._spec(self._storage.make_folder(self._job.checkpoints_dir), resume_from)
 
     def _spec(self, folder: Path, resume_from: Path | None) -> dict[str, Any]:

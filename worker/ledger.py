@@ -203,6 +203,6 @@ class Ledger:
     def _remove(self, folders: list[str]) -> None:
         for folder in folders:
             try:
-                self._storage.remove(folder)
+                self._storage.retire(folder)
             except OSError as error:  # no row knows it any more, so the next attempt removes it as a stray
                 logger.warning("%s not deleted: %s", folder, error)

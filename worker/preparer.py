@@ -197,7 +197,8 @@ class Preparer:
             self._child(work, lease, self._convert, arguments, self._limit_seconds(work), broken="model_invalid")
         answer = self._child(work, lease, self._check_model, [str(folder)], CHECK_SECONDS, broken="model_invalid")
         result: dict[str, Any] = json.loads(answer)
-        Path(source).unlink(missing_ok=True)
+        if not self._storage.is_held():  # else it stays until the model is deleted
+            Path(source).unlink(missing_ok=True)
         return result | {"bytes": _size(folder)}
 
     def _source(self, work: Preparation) -> str:

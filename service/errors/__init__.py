@@ -30,10 +30,12 @@ from service.errors.generate import (
 )
 from service.errors.jobs import (
     CheckpointDamagedError,
+    CheckpointInUseError,
     FencedError,
     IdempotencyKeyInFlightError,
     IdempotencyKeyReusedError,
     JobStateConflictError,
+    JobUnfinishedError,
     MemoryCapExceedsDeviceError,
     NoCheckpointError,
     TooManyJobsError,
@@ -67,6 +69,7 @@ __all__ = [
     "BuiltinModelError",
     "ChatTemplateRefusedError",
     "CheckpointDamagedError",
+    "CheckpointInUseError",
     "CompletionsBusyError",
     "DatasetFormatError",
     "DatasetInUseError",
@@ -83,6 +86,7 @@ __all__ = [
     "IdempotencyKeyInFlightError",
     "IdempotencyKeyReusedError",
     "JobStateConflictError",
+    "JobUnfinishedError",
     "MemoryCapExceedsDeviceError",
     "ModelInUseError",
     "ModelInvalidError",
