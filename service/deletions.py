@@ -7,14 +7,13 @@ halves.
 
 from __future__ import annotations
 
-from sqlalchemy import delete, func, select
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from service import base_models, checkpoints, telemetry
+from service import base_models, checkpoints
 from service.errors import CheckpointInUseError, JobUnfinishedError, NotFoundError
 from service.ids import is_id
-from service.models import DeletedAttempts, Job, JobEvent, Model, WebhookDelivery
+from service.models import Job, Model, WebhookDelivery
 from service.status import TERMINAL, JobStatus
 from service.storage import job_dir
 
@@ -34,7 +33,6 @@ def delete_job(session: Session, job_id: str) -> str:
         raise JobUnfinishedError(job_id, job.status)
     for model in session.scalars(outputs, execution_options={"populate_existing": True}).all():
         base_models.check_unused(session, model)
-    _remember_attempts(session, job_id)
     session.execute(delete(Model).where(Model.job_id == job_id))
     session.execute(delete(WebhookDelivery).where(WebhookDelivery.job_id == job_id))
     session.execute(delete(Job).where(Job.id == job_id))  # and what has it as its parent
@@ -67,13 +65,3 @@ def _locked(session: Session, job_id: str) -> Job:
     if job is None:
         raise NotFoundError("job", job_id)
     return job
-
-
-def _remember_attempts(session: Session, job_id: str) -> None:
-    """A counter that falls looks to Prometheus as if it had started anew, and all that is left had just happened."""
-    gone = telemetry.given_back_of_jobs().where(JobEvent.job_id == job_id).subquery()
-    counted = insert(DeletedAttempts).from_select(
-        ["reason", "count"], select(func.coalesce(gone.c[0], "unknown"), gone.c[1])
-    )
-    added = DeletedAttempts.count + counted.excluded.count
-    session.execute(counted.on_conflict_do_update(index_elements=[DeletedAttempts.reason], set_={"count": added}))

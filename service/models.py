@@ -294,15 +294,6 @@ class Job(Owned, Base):
     """When most of its metrics were deleted (retention.py)."""
 
 
-class DeletedAttempts(Base):
-    """Attempts of jobs that have been deleted since, by why they ended: what is counted never gets less."""
-
-    __tablename__ = "deleted_attempts"
-
-    reason: Mapped[str] = mapped_column(primary_key=True)
-    count: Mapped[int]
-
-
 class Device(Base):
     """What jobs run on: one machine's CPU or GPU, as its worker announces it."""
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import BigInteger, ColumnElement, Select, cast, func, literal_column, select, union_all
+from sqlalchemy import ColumnElement, Select, func, literal_column, select
 from sqlalchemy.orm import Session
 
 from service import devices
 from service.devices import DeviceState
-from service.models import DeletedAttempts, Job, JobEvent
+from service.models import Job, JobEvent
 from service.status import JobStatus
 
 GIVEN_BACK = ("requeued", "replanned")
@@ -65,17 +65,7 @@ def snapshot(session: Session) -> Snapshot:
 
 
 def given_back() -> Select[str, int]:
-    """Reasons and counts, those of deleted jobs among them."""
-    there = given_back_of_jobs().subquery()
-    both = union_all(
-        select(there.c[0].label("reason"), there.c[1].label("count")),
-        select(DeletedAttempts.reason, DeletedAttempts.count),
-    ).subquery()
-    return select(both.c.reason, cast(func.sum(both.c.count), BigInteger)).group_by(both.c.reason)
-
-
-def given_back_of_jobs() -> Select[str, int]:
-    """Of jobs that are there. Index job_events_given_back has these events, of the very many that there are."""
+    """Reasons and counts. Index job_events_given_back has these events, of the very many that there are."""
     reason = func.coalesce(JobEvent.data["reason"].astext, JobEvent.type)
     # No parameters: that the index's condition holds is to be seen from the text.
     types: list[ColumnElement[str]] = [literal_column(f"'{name}'") for name in GIVEN_BACK]
