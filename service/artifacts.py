@@ -1,8 +1,9 @@
 """The loss curve of a job as files for other tools: a CSV, and TensorBoard's events. Made from the rows when they are
 asked for, a page of rows at a time, so also of a job that runs.
 
-A resumed job repeats steps from its checkpoint on, and the new rows replace the old ones. Until it has caught up, rows of
-steps that are still to be repeated (or never will be, if it ends first) are left out: a file ends at the job's own step.
+A resumed job repeats steps from its checkpoint on, and the new rows replace the old ones. Until it has caught up, rows
+of steps that are still to be repeated (or never will be, if it ends first) are left out: a file ends at the job's own
+step.
 """
 
 from __future__ import annotations

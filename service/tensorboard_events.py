@@ -1,8 +1,8 @@
 """TensorBoard's event files, written without TensorBoard: scalars of steps, and a text.
 
-A file is a sequence of TFRecords (length, its CRC, data, its CRC: tensorflow/core/lib/io/record_writer.h), each with one
-`Event` in protobuf's wire format (tensorflow/core/util/event.proto, tensorflow/core/framework/summary.proto). The CRC is
-CRC-32C (Castagnoli, RFC 3720 appendix B.4), rotated and offset, which is what "masked" means there.
+A file is a sequence of TFRecords (length, its CRC, data, its CRC: tensorflow/core/lib/io/record_writer.h), each with
+one `Event` in protobuf's wire format (tensorflow/core/util/event.proto, tensorflow/core/framework/summary.proto). The
+CRC is CRC-32C (Castagnoli, RFC 3720 appendix B.4), rotated and offset, which is what "masked" means there.
 """
 
 from __future__ import annotations
