@@ -25,7 +25,19 @@ from api.openapi import document
 from api.places import Places
 from api.prometheus import RequestNumbers
 from api.readiness import Readiness
-from api.routes import checkpoints, datasets, devices, generate, health, jobs, models, plans, tokenizers, webhooks
+from api.routes import (
+    artifacts,
+    checkpoints,
+    datasets,
+    devices,
+    generate,
+    health,
+    jobs,
+    models,
+    plans,
+    tokenizers,
+    webhooks,
+)
 from api.sampler import Slots
 from api.shutdown import before_the_server_stops
 from api.waker import Waker
@@ -86,7 +98,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(Access, authenticator=authenticator)
     app.add_middleware(RequestContext, numbers=context.numbers)
     # Paths are tried in this order: what is asked most often first.
-    for resource in (jobs, checkpoints, health, plans, generate, datasets, tokenizers, models, webhooks, devices):
+    others = (plans, generate, datasets, tokenizers, models, artifacts, webhooks, devices)
+    for resource in (jobs, checkpoints, health, *others):
         app.include_router(resource.router)
     app.include_router(openai.router)
     app.openapi = lambda: document(app, settings.keys_required)  # type: ignore[method-assign]  # FastAPI's documented way

@@ -13,7 +13,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 from starlette.types import Scope
 
-from service.telemetry import RunningJob, Snapshot
+from service.telemetry import PlanErrors, RunningJob, Snapshot
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 EXAMPLE = '# HELP slimtune_jobs Jobs by status.\n# TYPE slimtune_jobs gauge\nslimtune_jobs{status="queued"} 3.0\n'
@@ -69,11 +69,25 @@ def _families(snapshot: Snapshot) -> Iterator[Metric]:
     for code, count in snapshot.failures.items():
         failures.add_metric((code,), count)
     yield failures
-    yield GaugeMetricFamily(
-        "slimtune_queue_oldest_seconds",
-        "How long the first job in the queue has waited.",
-        value=snapshot.oldest_queued_seconds,
+    numbers = {
+        "slimtune_queue_oldest_seconds": (
+            "The longest that a job has waited since it was last queued.",
+            snapshot.oldest_queued_seconds,
+        ),
+        "slimtune_leases_overdue": (
+            "Running jobs whose lease has run out and whom no sweeper has taken back.",
+            snapshot.leases_overdue,
+        ),
+        "slimtune_webhook_deliveries_pending": ("Deliveries that wait.", snapshot.deliveries_pending),
+    }
+    for name, (meaning, value) in numbers.items():
+        yield GaugeMetricFamily(name, meaning, value=value)
+    preparations = GaugeMetricFamily(
+        "slimtune_preparations_unfinished", "What workers have to prepare, by what it is.", labels=("kind",)
     )
+    for kind, count in snapshot.preparations.items():
+        preparations.add_metric((kind,), count)
+    yield preparations
     given_back = CounterMetricFamily(
         "slimtune_attempts_given_back",
         "Attempts that ended before their job did, by why: lease_expired, ...",
@@ -84,6 +98,7 @@ def _families(snapshot: Snapshot) -> Iterator[Metric]:
     yield given_back
     yield from _devices(snapshot)
     yield from _running(snapshot.running)
+    yield from _plan_errors(snapshot.plan_errors)
 
 
 def _devices(snapshot: Snapshot) -> Iterator[Metric]:
@@ -114,4 +129,17 @@ def _running(running: list[RunningJob]) -> Iterator[Metric]:
         for job in running:
             if (value := getattr(job, field)) is not None:
                 family.add_metric((job.id, job.device), float(value))
+        yield family
+
+
+def _plan_errors(errors: PlanErrors) -> Iterator[Metric]:
+    yield GaugeMetricFamily("slimtune_recent_jobs", "Newest succeeded jobs, of which the next two are.", errors.jobs)
+    numbers = {
+        "slimtune_recent_peak_over_predicted": ("Measured over planned peak.", errors.peak),
+        "slimtune_recent_time_over_predicted": ("Measured over planned time of a step.", errors.time),
+    }
+    for name, (meaning, values) in numbers.items():
+        family = GaugeMetricFamily(name, meaning, labels=("quantile",))
+        for share, value in values.items():
+            family.add_metric((f"{share:g}",), value)
         yield family

@@ -260,6 +260,13 @@ METRIC: dict[str, Any] = {
     "validation_loss": 3.8271,
 }
 
+ARTIFACT: dict[str, Any] = {
+    "name": "events.out.tfevents.1764047412.slimtune",
+    "media_type": "application/octet-stream",
+    "steps": 20,
+    "complete": True,
+}
+
 CHECKPOINT: dict[str, Any] = {
     "step": 20,
     "attempt": 1,
@@ -337,6 +344,7 @@ RESPONSE_EXAMPLES: dict[str, dict[str, Any]] = {
     "JobResponse": {**JOB, "plan": {**PLAN, "frontier": FRONTIER}},
     "EventResponse": EVENT,
     "MetricResponse": METRIC,
+    "ArtifactResponse": ARTIFACT,
     "CheckpointResponse": CHECKPOINT,
     "DeviceResponse": DEVICE,
     "GenerateResponse": SAMPLE,

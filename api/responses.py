@@ -412,6 +412,13 @@ class MetricResponse(_Response):
     validation_loss: float | None
 
 
+class ArtifactResponse(_Response):
+    name: str
+    media_type: str
+    steps: int = Field(description="It ends at this step.")
+    complete: bool = Field(description="Whether the job is over, so that there will never be more.")
+
+
 class CheckpointMetrics(_Response):
     validation_loss: float | None
 

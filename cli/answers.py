@@ -137,6 +137,13 @@ class FileRecord(TypedDict):
     sha256: str
 
 
+class Artifact(TypedDict):
+    name: str
+    media_type: str
+    steps: int
+    complete: bool
+
+
 class Checkpoint(TypedDict):
     step: int
     is_best: bool

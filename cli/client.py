@@ -16,6 +16,7 @@ from uuid import uuid4
 import httpx2
 
 from cli.answers import (
+    Artifact,
     Checkpoint,
     Dataset,
     Device,
@@ -312,6 +313,24 @@ class Client:
                 f"{file['name']}: {size} bytes with SHA-256 {digest} arrived, "
                 f"but {file['bytes']} bytes with {file['sha256']} were registered"
             )
+        return partial.replace(target)
+
+    def artifacts(self, job_id: str) -> list[Artifact]:
+        """The loss curve as files: a CSV, and TensorBoard's events."""
+        artifacts: list[Artifact] = self._request("GET", f"/jobs/{job_id}/artifacts")["data"]
+        return artifacts
+
+    def download_artifact(self, job_id: str, name: str, folder: Path) -> Path:
+        """Stream one of them into `folder`, in place of what was there of an earlier time."""
+        target = _below(folder, name)
+        partial = target.with_name(target.name + ".part")
+        try:
+            with partial.open("wb") as output:
+                for _, chunk in self._stream(f"/jobs/{job_id}/artifacts/{name}", {}):
+                    output.write(chunk)
+        except ServiceError:
+            partial.unlink()
+            raise
         return partial.replace(target)
 
     def _continue(self, path: str, file: FileRecord, output: BinaryIO, on_bytes: Callable[[int], None]) -> None:

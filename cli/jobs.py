@@ -237,6 +237,22 @@ def download(
                 typer.echo(str(path))
 
 
+@app.command()
+def artifacts(
+    jobs: JobIds,
+    out: Annotated[Path, typer.Option(help="Where each job gets a folder.", file_okay=False)] = Path("runs"),
+    url: Url = URL,
+) -> None:
+    """Take loss curves home, as CSV and for TensorBoard (tensorboard --logdir runs); of running jobs what there is."""
+    with exits(), Client(url) as client:
+        for job in jobs:
+            found = client.artifacts(job)
+            folder = out / job
+            folder.mkdir(parents=True, exist_ok=True)
+            for each in found:
+                typer.echo(str(client.download_artifact(job, each["name"], folder)))
+
+
 def _steer(jobs: list[str], url: str, as_json: bool, act: Callable[[Client, str], Job]) -> None:
     with exits(as_json=as_json), Client(url) as client:
         for job_id in jobs:

@@ -292,6 +292,8 @@ class Job(Owned, Base):
     """The tokenizer that the request named, if it named one."""
     thinned_at: Mapped[datetime | None]
     """When most of its metrics were deleted (retention.py)."""
+    trace: Mapped[str | None]
+    """W3C `traceparent` of the request that made it, if that was traced (tracing.py)."""
 
 
 class Device(Base):
@@ -380,6 +382,16 @@ class JobEvent(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
     type: Mapped[str]
     data: Mapped[dict[str, Any]]
+
+
+class DeletedGivenBack(Base):
+    """How many events of attempts given back were deleted with their jobs, by reason (telemetry.py): a counter of
+    Prometheus must not fall. A trigger counts them."""
+
+    __tablename__ = "deleted_given_back"
+
+    reason: Mapped[str] = mapped_column(primary_key=True)
+    count: Mapped[int]
 
 
 class Webhook(Owned, Base):

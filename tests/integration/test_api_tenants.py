@@ -49,7 +49,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "webhook_id": ("wh",),
 }
 """Parameters of paths that are ids, with the kinds of things that they name."""
-FIXED = {"step": "latest", "name": "model.safetensors"}
+FIXED = {"step": "latest", "name": "model.safetensors", "artifact": "metrics.csv"}
 """Parameters below an id."""
 BODIES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "post /jobs": [

@@ -214,3 +214,19 @@ def test_a_curve_in_eight_heights() -> None:
     assert sparkline([5.0, 5.0]) == "▁▁"
     assert len(sparkline(list(range(1_000)), width=12)) == 12
     assert sparkline([float("nan")]) == ""
+
+
+def test_loss_curves_come_home_a_folder_for_each_job(script: Script, tmp_path: Path) -> None:
+    name = "events.out.tfevents.1.slimtune"
+    for each in ("job_1", "job_2"):
+        script.json(f"/jobs/{each}/artifacts", {"data": [{"name": name}], "has_more": False})
+        script.answers[f"/jobs/{each}/artifacts/{name}"] = (200, "application/octet-stream", each.encode())
+    for _ in range(2):  # what is there of an earlier time is replaced
+        done = run(script, "artifacts", "job_1", "job_2", "--out", str(tmp_path / "runs"))
+        assert done.exit_code == 0, done.output
+    assert (tmp_path / "runs" / "job_2" / name).read_bytes() == b"job_2"
+    script.truncate = True
+    del script.answers[f"/jobs/job_2/artifacts/{name}"]
+    script.json("/jobs/job_1/artifacts", {"data": [{"name": name}], "has_more": False})
+    assert run(script, "artifacts", "job_1", "--out", str(tmp_path / "runs")).exit_code != 0
+    assert [path.read_bytes() for path in (tmp_path / "runs" / "job_1").iterdir()] == [b"job_1"]
