@@ -43,7 +43,7 @@ from api.shutdown import before_the_server_stops
 from api.waker import Waker
 from service import database, logs, queue
 from service.settings import Settings, load_settings
-from service.storage import Storage
+from service.storage import open_storage
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +72,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         logs.configure(settings.log_format)
     engine = database.engine(settings)
     producer = queue.producer(settings.redis_url)
+    files = open_storage(settings)
     context = Context(
         settings=settings,
         engine=engine,
-        storage=Storage(settings.data_dir),
+        storage=files,
         producer=producer,
         waker=Waker(producer),
         sampler_slots=Slots(settings.generate_slots),
@@ -86,7 +87,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         completions=Places(COMPLETIONS_AT_ONCE),
         stopping=threading.Event(),
         numbers=RequestNumbers(),
-        readiness=Readiness(engine, producer),
+        readiness=Readiness(engine, producer, files),
     )
     app = FastAPI(
         title="slimtune", version="0.1.0", description=DESCRIPTION, redirect_slashes=False, lifespan=_lifespan

@@ -12,6 +12,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from service import calibrations, database, queue
+from service.storage import Storage
 
 REMEMBER_SECONDS = 1.0
 
@@ -24,12 +25,14 @@ class Readiness:
 
     engine: Engine
     producer: Celery
+    files: Storage
     _lock: Lock = field(default_factory=Lock)
     _looked_at: float | None = None
     _checks: dict[str, bool] = field(default_factory=dict)
 
     async def checks(self) -> dict[str, bool]:
-        """Whether the database and the broker answer, and a worker has reported what its machine can do."""
+        """Whether the database and the broker answer, and a worker has reported what its machine can do; whether the
+        object store answers, where there is one."""
         async with self._lock:
             if self._looked_at is None or monotonic() - self._looked_at > REMEMBER_SECONDS:
                 self._checks = await to_thread.run_sync(self._look)
@@ -44,4 +47,6 @@ class Readiness:
         except SQLAlchemyError as error:  # out of reach, or not migrated yet
             logger.info("the database is not ready: %s", error)
             checks["database"] = False
+        if self.files.remote:
+            checks["storage"] = self.files.is_reachable()
         return checks

@@ -462,6 +462,7 @@ class HealthResponse(_Response):
 
 
 class ReadinessResponse(HealthResponse):
-    checks: dict[Literal["database", "broker", "worker"], bool] = Field(
-        description="`worker`: whether one has ever reported its calibration."
+    checks: dict[Literal["database", "broker", "worker", "storage"], bool] = Field(
+        description="`worker`: whether one has ever reported its calibration. `storage`: whether the object store "
+        "answers; absent where files lie in a folder."
     )

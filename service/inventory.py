@@ -112,8 +112,9 @@ def _sha256(blocks: Iterable[bytes]) -> str:
 
 def _rows(bind: Engine) -> Iterator[Any]:
     """Everything that has files, in pages of transactions of their own: to hash a page may take hours."""
-    for table in (Dataset, Tokenization, Tokenizer, Model, Checkpoint):
-        key = inspect(table).mapper.primary_key
+    tables: tuple[type[Base], ...] = (Dataset, Tokenization, Tokenizer, Model, Checkpoint)
+    for table in tables:
+        key = inspect(table).primary_key
         last: tuple[Any, ...] | None = None
         while True:
             query: Select[Any] = select(table).order_by(*key).limit(ROWS_AT_ONCE)

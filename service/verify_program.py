@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from service import database, inventory
 from service.settings import load_settings
-from service.storage import Storage
+from service.storage import open_storage
 
 WRONG, UNREACHABLE = 1, 3
 
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
 
 def _examine(options: argparse.Namespace) -> dict[str, Any]:
     settings = load_settings()
-    bind, files = database.engine(settings), Storage(settings.data_dir)
+    bind, files = database.engine(settings), open_storage(settings)
     looked_at = 0
 
     def count() -> None:

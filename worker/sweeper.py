@@ -15,8 +15,9 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from service import database, datasets, devices, idempotency, jobs, logs, part_uploads, queue, retention, runs, uploads
+from service.errors import StorageUnavailableError
 from service.settings import Settings, load_settings
-from service.storage import Storage, stderr_path
+from service.storage import Storage, open_storage, stderr_path
 from worker.process import tail
 
 LOCK_KEY = 0x511_57EE7
@@ -71,12 +72,13 @@ def run(settings: Settings) -> NoReturn:
     """Sweep until the process is told to end. Outlives restarts of the database and the broker."""
     bind = database.engine(settings)
     app = queue.producer(settings.redis_url)
-    storage = Storage(settings.data_dir)
+    storage = open_storage(settings)
     prune_at = time.monotonic()
     while True:
         try:
             sweep(bind, app, storage)
             storage.clean_temporary()
+            storage.tidy()
             uploads.settle(bind, storage)
             part_uploads.settle(bind, storage)
             datasets.remove_expired(bind, storage)
@@ -86,6 +88,8 @@ def run(settings: Settings) -> NoReturn:
             logger.warning("not swept: %s", str(error).splitlines()[0])
         except OSError as error:
             logger.warning("files not cleaned: %s", error)
+        except StorageUnavailableError as error:
+            logger.warning("files not cleaned: %s", error.detail)
         time.sleep(settings.sweep_seconds)
 
 

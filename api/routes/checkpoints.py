@@ -71,5 +71,5 @@ def download(job_id: str, step: Which, name: str, session: SessionDep, context: 
     """The bytes. `Range` and `If-Range` work; `ETag` is the SHA-256 in hex, `Repr-Digest` the same by RFC 9530."""
     checkpoint = checkpoints.get(session, jobs.get(session, job_id), step)
     record = checkpoints.file_of(checkpoint, name)
-    path = context.storage.path(f"{checkpoint.path}/{record['name']}")
-    return Download(path, record["name"], record["bytes"], record["sha256"])
+    path = f"{checkpoint.path}/{record['name']}"
+    return Download(context.storage, path, record["name"], record["bytes"], record["sha256"])

@@ -42,6 +42,7 @@ from service.errors.jobs import (
     TooManyStreamsError,
 )
 from service.errors.models import BuiltinModelError, ModelInUseError, ModelInvalidError, ModelNotReadyError
+from service.errors.storage import FilesDamagedError, StorageDeniedError, StorageUnavailableError
 from service.errors.uploads import (
     CompletionsBusyError,
     ResultFileError,
@@ -78,6 +79,7 @@ __all__ = [
     "DatasetTooSmallError",
     "DatasetUnusableError",
     "FencedError",
+    "FilesDamagedError",
     "GenerateBusyError",
     "GenerateFailedError",
     "GenerateMemoryError",
@@ -97,8 +99,10 @@ __all__ = [
     "PromptTooLongError",
     "ResultFileError",
     "ServiceError",
+    "StorageDeniedError",
     "StorageFullError",
     "StorageQuotaExceededError",
+    "StorageUnavailableError",
     "TokenizerFailedError",
     "TokenizerInUseError",
     "TokenizerInvalidError",

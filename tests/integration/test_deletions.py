@@ -179,17 +179,17 @@ def test_files_of_a_process_that_died_after_the_commit_go_later(
     assert storage.doubtful(-1) == []
 
 
-def test_while_files_are_held_they_stay_and_go_later(
+def test_during_a_backup_files_stay_and_go_later(
     client: TestClient, bind: Engine, storage: Storage, finish: Finish
 ) -> None:
     job_id, _ = finish(1)
-    hold = storage.root / "hold"
-    hold.touch()
+    backup = storage.root / "backup-in-progress"
+    backup.touch()
     assert client.delete(f"/jobs/{job_id}").status_code == 204
     forget(storage)
     assert uploads.settle(bind, storage) == []
     assert folders_of(storage, job_id) == ["step-00000001"]
-    os.utime(hold, (time.time() - 90_000,) * 2)  # forgotten
+    os.utime(backup, (time.time() - 90_000,) * 2)  # forgotten
     assert uploads.settle(bind, storage) == [f"jobs/{job_id}"]
     assert not storage.path(f"jobs/{job_id}").exists()
 
