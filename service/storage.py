@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import secrets
 import shutil
@@ -40,6 +41,8 @@ from service.settings import Settings
 
 BACKUP_SECONDS = 86_400.0
 """Age from which the note that a backup is under way is taken for one that was forgotten."""
+logger = logging.getLogger(__name__)
+
 _COMPRESSION_SUFFIXES = {None: "", "gzip": ".gz", "zstd": ".zst"}
 
 
@@ -251,14 +254,14 @@ class Storage:
             return False
 
     def retire(self, relative: str) -> None:
-        """`remove` what had a row until now. During a backup it stays, in doubt, and goes with `uploads.settle`.
-
-        Raises StorageFullError.
-        """
-        if self.is_being_backed_up():
-            self.doubt(relative)
-        else:
+        """`remove` what had a row until now. During a backup it stays, in doubt, and goes with `uploads.settle`."""
+        if not self.is_being_backed_up():
             self.remove(relative)
+            return
+        try:
+            self.doubt(relative)
+        except StorageFullError:
+            logger.warning("%s: no space to note that it is nobody's; service.verify_program finds it", relative)
 
     def doubt(self, relative: str) -> None:
         """Whether the folder has a row is in doubt (service/uploads.py) until `trust`, or `remove` has removed it.

@@ -75,9 +75,8 @@ def _tell(found: dict[str, Any]) -> None:
     for path in found["unowned"]:
         print(f"{path} is nobody's")
     checked = "their hashes" if found["hashes"] else "their sizes"
-    print(
-        f"{found['files']} files, {checked} checked: {len(found['faults'])} wrong, {len(found['unowned'])} folders nobody's"
-    )
+    wrong, stray = len(found["faults"]), len(found["unowned"])
+    print(f"{found['files']} files, {checked} checked: {wrong} wrong; {stray} folders are nobody's")
     if found["collected"]:
         print("what is nobody's is noted: the sweeper removes it in an hour, if it still is then")
     elif found["not_collected_because"]:
