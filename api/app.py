@@ -90,7 +90,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         readiness=Readiness(engine, producer, files),
     )
     app = FastAPI(
-        title="slimtune", version="0.1.0", description=DESCRIPTION, redirect_slashes=False, lifespan=_lifespan
+        title="slimtune", version=version.version(), description=DESCRIPTION, redirect_slashes=False, lifespan=_lifespan
     )
     app.state.context = context
     errors.install(app)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine, make_url
@@ -15,6 +16,7 @@ from starlette.testclient import TestClient
 
 from cli.embedded import _postgres_binary
 from service import inventory, verify_program
+from service.settings import Settings
 from service.storage import Storage
 from tests.integration.fake_trainer import loss_at
 from tests.integration.seed import add_dataset
@@ -83,7 +85,7 @@ def test_what_is_missing_damaged_or_nobodys_is_named(
     settings = client.app.state.context.settings  # type: ignore[attr-defined]
     monkeypatch.setattr(verify_program, "load_settings", lambda: settings)
 
-    def verify(*options: str) -> tuple[int, dict[str, list[dict[str, str]]]]:
+    def verify(*options: str) -> tuple[int, dict[str, Any]]:
         code = verify_program.main([*options, "--json"])
         return code, json.loads(capsys.readouterr().out)
 
