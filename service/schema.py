@@ -8,7 +8,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import Session
 
-REVISION = "0013"
+REVISION = "0015"
 """The newest migration: what the tables of models.py are after it. Revisions are numbers of four digits."""
 
 
@@ -22,7 +22,7 @@ class Schema:
 
     @property
     def is_usable(self) -> bool:
-        """A newer one is: migrations take away only what no code uses any more that may still run (docs/operating.md)."""
+        """A newer one is: migrations only take away what no code uses any more that may still run."""
         return self.found is not None and self.found >= self.expected
 
 

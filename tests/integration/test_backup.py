@@ -16,7 +16,6 @@ from starlette.testclient import TestClient
 
 from cli.embedded import _postgres_binary
 from service import inventory, verify_program
-from service.settings import Settings
 from service.storage import Storage
 from tests.integration.fake_trainer import loss_at
 from tests.integration.seed import add_dataset
