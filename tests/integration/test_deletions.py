@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 from sqlalchemy import Engine, func, insert, select, update
 from starlette.testclient import TestClient
 
-from service import checkpoints, database, jobs, retention, runs, telemetry, uploads, webhooks
+from service import checkpoints, database, jobs, prune_program, retention, runs, telemetry, uploads, webhooks
 from service.models import Checkpoint, IdempotencyKey, Job, JobEvent, Metric, Model, WebhookDelivery
 from service.runs import ClaimedJob
 from service.settings import Settings
@@ -251,3 +252,26 @@ def test_old_jobs_go_at_last(bind: Engine, storage: Storage, settings: Settings,
     with database.transaction(bind) as session:
         assert sorted(session.scalars(select(Job.id))) == sorted([job.id, late])
     assert [storage.path(f"jobs/{each}").exists() for each in (*finished, late)] == [False] * 3 + [True]
+
+
+def test_by_hand_all_goes_at_once_or_is_only_counted(
+    bind: Engine,
+    storage: Storage,
+    settings: Settings,
+    finish: Finish,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    by_age = settings.model_copy(update={"keep_jobs_days": 30.0, "keep_checkpoints_days": 1.0})
+    monkeypatch.setattr(prune_program, "load_settings", lambda: by_age)
+    monkeypatch.setattr(retention, "JOBS_AT_ONCE", 1)
+    for _ in range(2):
+        finish(1)
+    grow_old(bind, 29)
+    finish(1, 2, 3)
+    grow_old(bind, 2)
+    for options, rest in (["--dry-run"], [3, 5]), ([], [1, 1]):
+        assert prune_program.main([*options, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["jobs"], found["checkpoints"]) == (2, 2)
+        assert count(bind, Job, Checkpoint) == rest

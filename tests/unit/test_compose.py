@@ -128,7 +128,8 @@ def tls() -> dict[str, Any]:
 
 
 def test_the_proxy_is_all_that_the_second_file_adds(tls: dict[str, Any]) -> None:
-    assert set(tls["services"]) == {"proxy"}
+    assert set(tls["services"]) == {"api", "proxy"}
+    assert tls["services"]["api"] == {"environment": {"FORWARDED_ALLOW_IPS": "*"}}
     proxy = tls["services"]["proxy"]
     assert proxy["read_only"]
     assert (proxy["cap_drop"], proxy["cap_add"]) == (["ALL"], ["NET_BIND_SERVICE"])
@@ -141,7 +142,7 @@ def test_the_proxy_is_all_that_the_second_file_adds(tls: dict[str, Any]) -> None
 
 
 def test_nothing_fills_the_disk_or_the_memory(compose: dict[str, Any], tls: dict[str, Any]) -> None:
-    for name, service in {**compose["services"], **tls["services"]}.items():
+    for name, service in {**compose["services"], "proxy": tls["services"]["proxy"]}.items():
         assert service["logging"]["options"] == {"max-size": "10m", "max-file": "5"}, name
         if name not in ("worker", "worker-gpu"):  # jobs have caps
             assert service["deploy"]["resources"]["limits"]["memory"], name

@@ -29,7 +29,7 @@ REFUSED = {
     r"RENAME ": "takes away the old name, which the code of before still uses",
     r"ALTER COLUMN \w+ TYPE": "writes the whole table anew, and keeps everybody out meanwhile",
     r"SET NOT NULL": "reads the whole table, and keeps everybody out meanwhile",
-    r"ADD COLUMN (?=.*NOT NULL)(?!.*DEFAULT)": "fails where there are rows; the code of before cannot add any",
+    r"ADD COLUMN (?=.*NOT NULL)(?!.*DEFAULT)": "fails where there are rows; inserts of the code of before fail",
     r"ADD COLUMN .*DEFAULT (clock_timestamp|gen_random)": "writes the whole table anew",
     r"ADD (CONSTRAINT|CHECK|FOREIGN|PRIMARY|UNIQUE)(?!.*NOT VALID)": "reads the whole table: NOT VALID, validated later",
     r"CREATE (UNIQUE )?INDEX (?!CONCURRENTLY)": "keeps writers out as long as it takes: migrations.online.create_index",
