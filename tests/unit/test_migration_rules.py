@@ -31,7 +31,7 @@ REFUSED = {
     r"SET NOT NULL": "reads the whole table, and keeps everybody out meanwhile",
     r"ADD COLUMN (?=.*NOT NULL)(?!.*DEFAULT)": "fails where there are rows; inserts of the code of before fail",
     r"ADD COLUMN .*DEFAULT (clock_timestamp|gen_random)": "writes the whole table anew",
-    r"ADD (CONSTRAINT|CHECK|FOREIGN|PRIMARY|UNIQUE)(?!.*NOT VALID)": "reads the whole table: NOT VALID, validated later",
+    r"ADD (CONSTRAINT|CHECK|FOREIGN|PRIMARY|UNIQUE)(?!.*NOT VALID)": "reads the whole table: NOT VALID, then VALIDATE",
     r"CREATE (UNIQUE )?INDEX (?!CONCURRENTLY)": "keeps writers out as long as it takes: migrations.online.create_index",
     r"^(UPDATE|DELETE) ": "changes any number of rows in one transaction: let the sweeper do it in batches",
     r"LOCK TABLE|CLUSTER|VACUUM FULL|TRUNCATE": "keeps everybody out",
