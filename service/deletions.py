@@ -25,6 +25,8 @@ def delete_job(session: Session, job_id: str) -> str:
     Raises NotFoundError, JobUnfinishedError, and ModelInUseError while an unfinished job or preparation needs the
     output.
     """
+    if not is_id("job", job_id):
+        raise NotFoundError("job", job_id)
     # In the order in which deleting a model locks both: the model first.
     outputs = select(Model).where(Model.job_id == job_id).order_by(Model.id).with_for_update()
     session.scalars(outputs).all()
@@ -57,11 +59,7 @@ def delete_checkpoint(session: Session, job_id: str, step: int) -> str:
 
 def _locked(session: Session, job_id: str) -> Job:
     query = select(Job).where(Job.id == job_id).with_for_update()
-    job = (
-        session.scalars(query, execution_options={"populate_existing": True}).one_or_none()
-        if is_id("job", job_id)
-        else None
-    )
+    job = session.scalars(query, execution_options={"populate_existing": True}).one_or_none()
     if job is None:
         raise NotFoundError("job", job_id)
     return job

@@ -84,6 +84,11 @@ def test_a_job_goes_with_all_that_it_left(client: TestClient, bind: Engine, stor
     assert count(bind, IdempotencyKey) == [1]
     assert not storage.path(f"jobs/{job_id}").exists()
     assert storage.doubtful(-1) == []
+    assert (
+        client.delete("/jobs/job_%00").status_code
+        == client.delete(f"/jobs/{job_id}/checkpoints/%00").status_code
+        == 404
+    )
     assert client.get(f"/models/{model}").status_code == client.delete(f"/jobs/{job_id}").status_code == 404
 
 
