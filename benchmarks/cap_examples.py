@@ -194,12 +194,15 @@ def _mib(count: int) -> str:
     return f"{count / MIB:,.0f} MiB"
 
 
-def main() -> None:
+def blocks() -> dict[str, str]:
+    """What the page has between its markers."""
     machine = calibration()
-    found = examples()
-    draw(found, machine)
-    blocks = {"caps": caps_table(found, machine), "refusals": refusals_table(machine)}
-    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), blocks), encoding="utf-8")
+    return {"caps": caps_table(examples(), machine), "refusals": refusals_table(machine)}
+
+
+def main() -> None:
+    draw(examples(), calibration())
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), blocks()), encoding="utf-8")
 
 
 if __name__ == "__main__":

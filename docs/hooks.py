@@ -29,13 +29,15 @@ SITE_STYLE = """
 [data-md-color-scheme="slate"] {
   --md-primary-fg-color: #0f5a54; --md-typeset-a-color: #5ccfc0; --md-accent-fg-color: #5ccfc0;
 }
-[data-md-color-scheme="slate"] .reference { --edge: #3a414d; --soft: #262b36; --dim: #a3adbd; }
-[data-md-color-scheme="slate"] .reference .required { color: #ff8f8f; }
+[data-md-color-scheme="slate"] .reference { --edge: #3a414d; --soft: #262b36; --dim: #a3adbd; --must: #ff8f8f; }
+[dir] .md-typeset .reference details { margin: .5em 0; }
+[dir] .md-typeset .reference summary { display: list-item; padding: .4em .8em; list-style-position: inside; }
+.md-grid { max-width: 72rem; }
+@media (min-width: 45em) { .md-typeset td:first-child code { white-space: nowrap; } }
 .md-typeset img { border-radius: .2rem; }
 [data-md-color-scheme="slate"] .md-typeset img[src$=".png"] { background: #fff; }
 .md-typeset pre > code { font-size: .72rem; }
 .md-typeset table:not([class]) { font-size: .7rem; }
-.md-typeset .reference td:first-child code { white-space: normal; }
 """
 """Colours of the dashboard; figures are drawn on white."""
 

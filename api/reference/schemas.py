@@ -48,7 +48,7 @@ def fields_of(
     """Of an object's schema; none of anything else's."""
     schema, within = _resolved(document, schema, within)
     required = schema.get("required", ())
-    return tuple(
+    return tuple(  # what must be there comes first
         Field(
             name=name,
             kind=kind_of(document, each),
@@ -57,7 +57,7 @@ def fields_of(
             description=each.get("description", ""),
             groups=groups_of(document, each, within),
         )
-        for name, each in schema.get("properties", {}).items()
+        for name, each in sorted(schema.get("properties", {}).items(), key=lambda item: item[0] not in required)
     )
 
 
