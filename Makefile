@@ -7,7 +7,7 @@ INSTALLED_EXTRA := .venv/.installed-extra
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
 TORCH := $(shell grep '^torch==' requirements.lock)
 
-.PHONY: help demo demo-smollm2 up test test-extra lint fuzz audit tradeoff bench plan-accuracy packing plan-latency caps load api-speed chaos paper recovery format clean
+.PHONY: help demo demo-smollm2 up test test-extra lint docs docs-serve fuzz audit tradeoff bench plan-accuracy packing plan-latency caps load api-speed chaos paper recovery format clean
 
 help:
 	@echo "make demo        one real training job through the REST API, from upload to a sample; about 3 minutes"
@@ -18,6 +18,7 @@ help:
 	@echo "make fuzz        10,000 hostile requests, then schemathesis for FUZZ_SECONDS=600 (docs/fuzzing.md); FUZZ_SEED=... repeats a run"
 	@echo "make audit       ask whether a version in requirements.lock is known to be vulnerable"
 	@echo "make lint        only the checks: ruff, mypy, import-linter"
+	@echo "make docs        the documentation as a site, in site/; make docs-serve shows it on http://127.0.0.1:8001 as it is written"
 	@echo "make tradeoff    measure memory and time against the number of chunks, and draw it (docs/figures)"
 	@echo "make bench       measure speed and memory beside other implementations (docs/benchmarks.md); over an hour"
 	@echo "make plan-accuracy  run 200 random jobs for two steps and compare with their plans (docs/plan-accuracy.md)"
@@ -76,6 +77,14 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The variable silences an advertisement.
+docs: $(INSTALLED_EXTRA)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --clean
+	@echo "the site is site/index.html"
+
+docs-serve: $(INSTALLED_EXTRA)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --dev-addr 127.0.0.1:8001
+
 FUZZ_SECONDS ?= 600
 
 fuzz: $(INSTALLED)
@@ -123,5 +132,5 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix
 
 clean:
-	rm -rf .venv .slimtune slim_core/_tensor_heap*.so .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build *.egg-info
+	rm -rf .venv .slimtune slim_core/_tensor_heap*.so .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build site *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

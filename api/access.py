@@ -16,9 +16,7 @@ from api.rates import Rates, Turn
 from service.errors import ServiceError
 from service.tenancy import DEFAULT
 
-OPEN_PATHS = frozenset(
-    {"/healthz", "/readyz", "/version", "/metrics", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"}
-)
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/version", "/metrics", "/docs", "/openapi.json"})
 """Without a key, from everywhere: whether the service is well, and the description that is the same for everybody. For
 its numbers there is a token of their own."""
 ANYBODY = Caller(DEFAULT)

@@ -25,6 +25,7 @@ from api.openapi import document
 from api.places import Places
 from api.prometheus import RequestNumbers
 from api.readiness import Readiness
+from api.reference import route as reference
 from api.routes import (
     artifacts,
     checkpoints,
@@ -93,7 +94,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     authenticator = Authenticator(engine) if settings.keys_required else None
     app = FastAPI(
-        title="slimtune", version=version(), description=DESCRIPTION, redirect_slashes=False, lifespan=_lifespan
+        title="slimtune",
+        version=version(),
+        description=DESCRIPTION,
+        redirect_slashes=False,
+        lifespan=_lifespan,
+        docs_url=None,  # FastAPI's pages load scripts from elsewhere; api/reference has ours
+        redoc_url=None,
     )
     app.state.context = context
     app.state.authenticator = authenticator
@@ -107,6 +114,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.include_router(resource.router)
     app.include_router(openai.router)
     app.include_router(web_router.router)
+    app.include_router(reference.router)
     app.openapi = lambda: document(app, settings.keys_required)  # type: ignore[method-assign]  # FastAPI's documented way
     if own_process:
         # What exists by now stays, hundreds of thousands of objects: to look through them for garbage, every few

@@ -246,7 +246,7 @@ class Job:
             time.sleep(AGAIN_SECONDS)
 
     def checkpoints(self) -> list[Checkpoint]:
-        """Those there are, by step."""
+        """Those there are, the newest first."""
         found: list[Checkpoint] = self._connection.get(f"{self._path}/checkpoints")["data"]
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -224,3 +225,23 @@ def test_every_example_of_a_request_is_accepted(
         assert (answer.status_code, answer.json()["code"]) == (501, "generate_unavailable")
     else:
         assert answer.is_success, f"{name} {label}: {answer.text}"
+
+
+def test_the_reference_for_people_has_everything_and_loads_nothing(shared_client: TestClient) -> None:
+    answer = shared_client.get("/docs")
+    html = answer.text
+    assert answer.status_code == 200
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+    assert set(ids) >= {operation["operationId"].strip("_") for operation in OPERATIONS.values()}
+    assert set(ids) >= set(DOCUMENT["components"]["examples"])
+    assert set(re.findall(r'href="#([^"]+)"', html)) <= set(ids)
+    for name in DOCUMENT["components"]["schemas"]["JobRequest"]["properties"]:
+        assert f"<td><code>{name}</code>" in html
+    for name in ("beta2", "targets", "warmup_steps", "minimum_cap_bytes"):  # of objects in objects
+        assert f"<code>{name}</code>" in html
+    assert not re.search(r"<script|<link|<img|\bsrc=|url\(|@import", html)
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    again = shared_client.get("/docs", headers={"if-none-match": answer.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    assert shared_client.get("/redoc").status_code == 404
