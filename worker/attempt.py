@@ -24,6 +24,7 @@ from worker.lease import LeaseLostError, Watchdog
 from worker.ledger import RETRY_SECONDS, Event, Ledger
 from worker.memory_watch import MemoryWatch
 from worker.messages import Data, Device, Done, Failure, Matching, ProtocolError, Started, parse
+from worker.numbers import AttemptNumbers
 from worker.outcome import MEMORY_CODE, Ending
 from worker.process import TrainerProcess, tail
 from worker.resume import damage, strays
@@ -60,6 +61,7 @@ class Attempt:
         self._stop = stop
         self._storage = Storage(settings.data_dir)
         self._ledger = Ledger(bind, self._storage, job, settings)
+        self._numbers = AttemptNumbers(job.plan)
         self._log_path = self._storage.path(stderr_path(job.id, job.attempt))
         self._done: Done | None = None
         self._failure: Failure | None = None
@@ -84,6 +86,7 @@ class Attempt:
                 return self._conclude(self._broken(error))
         except (FencedError, LeaseLostError) as error:
             logger.warning("the attempt ends, and writes nothing more: %s", error)
+            self._numbers.end("lost")
             return False
 
     def _train_or_say_why_not(self) -> Ending:
@@ -195,7 +198,9 @@ class Attempt:
             self._ledger.beat()
 
     def _take(self, line: bytes, memory: MemoryWatch) -> None:
-        match parse(line):
+        message = parse(line)
+        self._numbers.note(message)
+        match message:
             case Device(name):
                 if name != "cpu":  # the cap is one of the device's memory, and its allocator keeps it
                     memory.stop()
@@ -247,4 +252,5 @@ class Attempt:
                 raise LeaseLostError("its end could not be written")
             time.sleep(RETRY_SECONDS)
         logger.info("the attempt ends, the job is %s", status[0])
+        self._numbers.end(status[0])
         return status == [JobStatus.QUEUED.value]

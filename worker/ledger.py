@@ -22,6 +22,7 @@ from service.status import Desired
 from service.storage import Storage
 from worker.lease import Lease, LeaseLostError, now
 from worker.messages import Checkpoint, Evaluation, GradientCheck, Metric, Probed
+from worker.numbers import HEARTBEAT_FAILURES
 
 METRICS_SECONDS = 1.0
 """The longest that a step stays unwritten while the database answers."""
@@ -198,6 +199,7 @@ class Ledger:
         return []
 
     def _log_outage(self, error: SQLAlchemyError) -> None:
+        HEARTBEAT_FAILURES.inc()
         logger.warning("the database does not answer: %s", str(error).splitlines()[0])
 
     def _remove(self, folders: list[str]) -> None:
