@@ -40,8 +40,9 @@ from api.routes import (
 )
 from api.sampler import Slots
 from api.shutdown import before_the_server_stops
+from api.tracing import Traces
 from api.waker import Waker
-from service import database, logs, queue
+from service import database, logs, queue, tracing
 from service.settings import Settings, load_settings
 from service.storage import Storage
 
@@ -97,6 +98,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     authenticator = Authenticator(context.engine) if settings.keys_required else None
     app.add_middleware(Access, authenticator=authenticator)
     app.add_middleware(RequestContext, numbers=context.numbers)
+    if tracing.start(settings, "slimtune-api"):
+        app.add_middleware(Traces)
     # Paths are tried in this order: what is asked most often first.
     others = (plans, generate, datasets, tokenizers, models, artifacts, webhooks, devices)
     for resource in (jobs, checkpoints, health, *others):
@@ -124,3 +127,4 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     context.event_hub.close()
     context.engine.dispose()
     context.producer.close()
+    await run_in_threadpool(tracing.stop)

@@ -81,6 +81,8 @@ class Settings(DatabaseSettings):
     metrics_token: SecretStr | None = None
     """What Prometheus sends for /metrics, as a bearer token. None, or empty: only this machine may ask, and nobody
     where keys are required."""
+    otel_endpoint: str | None = Field(default=None, validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT")
+    """Where traces go; None, or empty: there are none. The SDK reads the other variables of its own."""
     worker_metrics_address: str | None = None
     """`host:port` at which a worker serves its own numbers; None, or empty: nowhere. A token is asked for if there is
     one, and must be where others than a private network can ask."""
@@ -134,6 +136,11 @@ class Settings(DatabaseSettings):
     @classmethod
     def _empty_is_none(cls, token: SecretStr | None) -> SecretStr | None:
         return token or None
+
+    @field_validator("otel_endpoint")
+    @classmethod
+    def _empty_is_no_endpoint(cls, endpoint: str | None) -> str | None:
+        return endpoint or None
 
     @field_validator("worker_metrics_address")
     @classmethod

@@ -69,15 +69,18 @@ def test_a_worker_says_what_its_trainers_hold_and_have_done(stage: Stage) -> Non
     assert ask(port, "token", "/other")[0] == 404
 
     # The pool process dies with its trainer, and another attempt trains to the end.
-    os.kill(int(stage.job(job_id).worker.rpartition(":")[2]), signal.SIGKILL)
+    os.kill(int(str(stage.job(job_id).worker).rpartition(":")[2]), signal.SIGKILL)
     wait_for("the trainer's end", lambda: numbers()["slimtune_worker_trainers[]"] == 0)
     stage.sweeper()
     with stage.bind.begin() as connection:
         connection.exec_driver_sql("UPDATE jobs SET lease_until = now() - interval '1 second' WHERE status = 'running'")
     stage.end(job_id, "succeeded", seconds=30)
-    found = wait_for(
-        "the end, counted", lambda: (n := numbers()).get("slimtune_worker_attempts_total[end=succeeded]") and n
-    )
+
+    def counted() -> dict[str, float] | None:
+        found = numbers()
+        return found if "slimtune_worker_attempts_total[end=succeeded]" in found else None
+
+    found = wait_for("the end, counted", counted)
     assert found["slimtune_worker_step_seconds_count[]"] == STEPS
     assert found["slimtune_worker_tokens_total[]"] == 64 * STEPS
     assert found["slimtune_worker_checkpoint_seconds_bucket[le=0.5]"] == len(range(5, STEPS, 5)) + 1
