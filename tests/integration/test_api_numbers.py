@@ -42,7 +42,7 @@ def test_jobs_queue_attempts_and_runs_of_all_tenants(client: TestClient, bind: E
     assert 0 < found["slimtune_queue_oldest_seconds[]"] < 3_600
     assert found["slimtune_leases_overdue[]"] == 0
     assert found["slimtune_preparations_unfinished[kind=tokenization]"] == 1
-    mine = f"[device=,job={other.id}]"
+    mine = f"[device=,job_id={other.id}]"
     assert found[f"slimtune_job_step_seconds{mine}"] == 0.25
     assert found[f"slimtune_job_tokens_per_second{mine}"] == 128 / 0.25
     assert found[f"slimtune_job_peak_bytes{mine}"] == 300_000_002
