@@ -6,6 +6,7 @@ count (worker/numbers.py).
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import secrets
@@ -135,6 +136,9 @@ class Exposition:
         self.machine = MachineNumbers(device, settings.data_dir)
         registry = CollectorRegistry()
         self._folder = tempfile.TemporaryDirectory(prefix="slimtune-metrics-", ignore_cleanup_errors=True)
+        # What tidies up /tmp by age leaves a folder alone that is locked: a pool process that begins later wants it.
+        self._lock = os.open(self._folder.name, os.O_RDONLY | os.O_CLOEXEC)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
         registry.register(self.machine)
         ProcessCollector(registry=registry)
         MultiProcessCollector(registry, self._folder.name)  # type: ignore[no-untyped-call]
@@ -148,6 +152,7 @@ class Exposition:
         self._server.shutdown()
         self._server.server_close()
         os.environ.pop(MULTIPROCESS, None)
+        os.close(self._lock)
         self._folder.cleanup()
 
 

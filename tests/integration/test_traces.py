@@ -142,6 +142,8 @@ def test_attempts_are_part_of_the_trace_of_their_request_also_after_a_crash(
     assert written.start_time is not None
     assert written.end_time is not None
     assert written.end_time > written.start_time
+    assert second["train"].end_time is not None
+    assert second["train"].end_time <= written.start_time
     assert "check gradient" in second
     assert {line["trace_id"] for line in lines if line.get("job_id") == job_id} == {TRACE}
 

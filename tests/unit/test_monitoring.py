@@ -25,22 +25,9 @@ DASHBOARD: dict[str, Any] = json.loads((DOCS / "grafana" / "slimtune.json").read
 ALERTS: dict[str, Any] = yaml.safe_load((DOCS / "grafana" / "alerts.yml").read_text())
 PAGE = (DOCS / "monitoring.md").read_text()
 
-WORDS = {
-    *(
-        "absent",
-        "and",
-        "histogram_quantile",
-        "increase",
-        "max",
-        "or",
-        "rate",
-        "sum",
-        "time",
-        "topk",
-        "unless",
-        "vector",
-    ),
-}
+WORDS = frozenset(
+    ("absent", "and", "histogram_quantile", "increase", "max", "or", "rate", "sum", "time", "topk", "unless", "vector")
+)
 """Of PromQL."""
 TARGET_LABELS = {"instance"}
 """Of Prometheus itself. `job` is one too, and so no label of ours."""
@@ -117,10 +104,10 @@ def expressions() -> list[tuple[str, str]]:
 def test_dashboard_and_alerts_ask_for_what_is_served(
     api: dict[str, tuple[str, frozenset[str]]], worker: dict[str, tuple[str, frozenset[str]]]
 ) -> None:
-    served = {}
+    served: dict[str, frozenset[str]] = {}
     for name, (kind, labels) in (api | worker).items():
         suffixes = ("_bucket", "_count", "_sum") if kind == "histogram" else ("",)
-        served |= {name + suffix: labels | ({"le"} if suffix == "_bucket" else set()) for suffix in suffixes}
+        served |= {name + suffix: labels | ({"le"} if suffix == "_bucket" else frozenset()) for suffix in suffixes}
     used = set()
     for where, expression in expressions():
         assert expression.count("(") == expression.count(")"), where
