@@ -1,5 +1,6 @@
 # Two images: `api` without torch (migration, sweeper, an API that does not sample) and `worker`, which adds it.
 #   docker build --target api -t slimtune-api . && docker build --target worker -t slimtune-worker .
+# --build-arg SLIMTUNE_REVISION=$(git rev-parse HEAD) is what GET /version says then.
 
 # The trainer's heap is C; no compiler goes into the images.
 FROM python:3.11-slim-bookworm AS heap
@@ -20,10 +21,11 @@ RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))
  && pip install --quiet -r /tmp/requirements.txt -c requirements.lock \
  && rm /tmp/requirements.txt
 COPY . .
-ENV SLIMTUNE_DATA_DIR=/data SLIMTUNE_AUTHENTICATION=keys
+ARG SLIMTUNE_REVISION=
+ENV SLIMTUNE_DATA_DIR=/data SLIMTUNE_AUTHENTICATION=keys SLIMTUNE_REVISION=$SLIMTUNE_REVISION
 USER slimtune
 EXPOSE 8000
-CMD ["python", "-m", "uvicorn", "api.app:create_app", "--factory", "--http", "api.protocol:LimitedHttp", "--host", "0.0.0.0", "--port", "8000"]
+CMD ["python", "-m", "cli.main", "api", "--host", "0.0.0.0", "--port", "8000"]
 
 FROM api AS worker
 USER root
@@ -33,5 +35,4 @@ RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))
  && rm /tmp/requirements.txt
 COPY --from=heap /_tensor_heap.so slim_core/
 USER slimtune
-CMD ["python", "-m", "celery", "--quiet", "-A", "worker.app", "worker", "-Q", "slimtune", \
-     "--without-gossip", "--without-mingle", "--without-heartbeat", "--loglevel", "INFO"]
+CMD ["python", "-m", "cli.main", "worker"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api import local_only
+from api import local_only, web
 from api.authentication import Authenticator
 from api.callers import Caller
 from api.errors import DATABASE_AWAY, RateLimitedError, database_problem, service_problem
@@ -16,7 +16,9 @@ from api.rates import Rates, Turn
 from service.errors import ServiceError
 from service.tenancy import DEFAULT
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/metrics", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
+OPEN_PATHS = frozenset(
+    {"/healthz", "/readyz", "/version", "/metrics", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"}
+)
 """Without a key, from everywhere: whether the service is well, and the description that is the same for everybody. For
 its numbers there is a token of their own."""
 ANYBODY = Caller(DEFAULT)
@@ -36,7 +38,7 @@ class Access:
         if scope["type"] == "websocket":  # there are none
             await send({"type": "websocket.close", "code": 1008})
             return
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or scope["path"].startswith(web.OPEN):
             await self._app(scope, receive, send)
             return
         try:

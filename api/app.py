@@ -42,9 +42,11 @@ from api.sampler import Slots
 from api.shutdown import before_the_server_stops
 from api.tracing import Traces
 from api.waker import Waker
+from api.web import router as web_router
 from service import database, logs, queue, tracing
 from service.settings import Settings, load_settings
-from service.storage import Storage
+from service.storage import open_storage
+from service.version import version
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +75,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         logs.configure(settings.log_format)
     engine = database.engine(settings)
     producer = queue.producer(settings.redis_url)
+    files = open_storage(settings)
     context = Context(
         settings=settings,
         engine=engine,
-        storage=Storage(settings.data_dir),
+        storage=files,
         producer=producer,
         waker=Waker(producer),
         sampler_slots=Slots(settings.generate_slots),
@@ -87,15 +90,16 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         completions=Places(COMPLETIONS_AT_ONCE),
         stopping=threading.Event(),
         numbers=RequestNumbers(),
-        readiness=Readiness(engine, producer),
+        readiness=Readiness(engine, producer, files),
     )
+    authenticator = Authenticator(engine) if settings.keys_required else None
     app = FastAPI(
-        title="slimtune", version="0.1.0", description=DESCRIPTION, redirect_slashes=False, lifespan=_lifespan
+        title="slimtune", version=version(), description=DESCRIPTION, redirect_slashes=False, lifespan=_lifespan
     )
     app.state.context = context
+    app.state.authenticator = authenticator
     errors.install(app)
     app.add_middleware(BodyLimit, streaming=STREAMING)
-    authenticator = Authenticator(context.engine) if settings.keys_required else None
     app.add_middleware(Access, authenticator=authenticator)
     app.add_middleware(RequestContext, numbers=context.numbers)
     if tracing.start(settings, "slimtune-api"):
@@ -105,6 +109,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     for resource in (jobs, checkpoints, health, *others):
         app.include_router(resource.router)
     app.include_router(openai.router)
+    app.include_router(web_router.router)
     app.openapi = lambda: document(app, settings.keys_required)  # type: ignore[method-assign]  # FastAPI's documented way
     if own_process:
         # What exists by now stays, hundreds of thousands of objects: to look through them for garbage, every few

@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import errno
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from api.problems import problem_response
 from service.errors import CheckpointDamagedError, NotFoundError
+from service.storage import Storage
 
 PART_BYTES = 1 << 20
 """Of a file, read at once: what a download holds is two of them, or three."""
@@ -30,10 +31,12 @@ class Download(FileResponse):
 
     chunk_size = PART_BYTES
 
-    def __init__(self, path: Path, name: str, size: int, sha256: str) -> None:
-        """Raises NotFoundError if the file is gone, CheckpointDamagedError if it has another size."""
+    def __init__(self, files: Storage, path: str, name: str, size: int, sha256: str) -> None:
+        """`path` is relative, as service.storage has it. Raises NotFoundError if the file is gone,
+        CheckpointDamagedError if it has another size, StorageUnavailableError."""
+        self._stream = files.stream(path)
         try:
-            status = path.stat()
+            status = files.stat(path)
         except FileNotFoundError as error:
             raise NotFoundError("file", name) from error
         if status.st_size != size:
@@ -44,11 +47,17 @@ class Download(FileResponse):
             "Repr-Digest": f"sha-256=:{digest}:",
             "Cache-Control": "private, max-age=0, must-revalidate",
         }
-        super().__init__(path, 200, headers, "application/octet-stream", filename=Path(name).name, stat_result=status)
+        super().__init__(
+            files.path(path), 200, headers, "application/octet-stream", filename=Path(name).name, stat_result=status
+        )
 
     @asynccontextmanager
     async def _open_file(self) -> AsyncIterator[Any]:
         """In place of Starlette's, which sends each read through a thread."""
+        if self._stream is not None:
+            async with aclosing(_Streamed(self._stream)) as streamed:
+                yield streamed
+            return
         with await to_thread.run_sync(FileIO, self.path) as file:
             yield _Parts(file)
 
@@ -81,6 +90,44 @@ class Download(FileResponse):
         """Whether the client has this very file: weak comparison, as RFC 9110 wants for If-None-Match."""
         tags = {tag.strip().removeprefix("W/") for tag in if_none_match.split(",")}
         return "*" in tags or self.headers["etag"] in tags
+
+
+class _Streamed:
+    """A file that an object store sends, from where it is read first. Holds what is left of a block, and the next."""
+
+    def __init__(self, stream: Callable[[int], AsyncIterator[bytes]]) -> None:
+        self._open = stream
+        self._at = 0
+        self._blocks: AsyncIterator[bytes] | None = None
+        self._rest = memoryview(b"")
+
+    async def seek(self, position: int) -> None:
+        if position != self._at:
+            await self.aclose()
+        self._at = position
+
+    async def read(self, size: int) -> bytearray:
+        """As many bytes as there are up to `size`. Raises StorageUnavailableError."""
+        if self._blocks is None:
+            self._blocks = self._open(self._at)
+        buffer = bytearray()
+        while len(buffer) < size:
+            if not self._rest:
+                block = await anext(self._blocks, None)
+                if block is None:
+                    break
+                self._rest = memoryview(block)
+            taken = self._rest[: size - len(buffer)]
+            buffer += taken
+            self._rest = self._rest[len(taken) :]
+        self._at += len(buffer)
+        return buffer
+
+    async def aclose(self) -> None:
+        """The store need send no more."""
+        blocks, self._blocks, self._rest = self._blocks, None, memoryview(b"")
+        if isinstance(blocks, AsyncGenerator):
+            await blocks.aclose()
 
 
 class _Parts:

@@ -11,7 +11,9 @@ from celery import Celery
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from service import calibrations, database, queue
+from service import calibrations, database, queue, schema
+from service.schema import Schema
+from service.storage import Storage
 
 REMEMBER_SECONDS = 1.0
 
@@ -24,24 +26,42 @@ class Readiness:
 
     engine: Engine
     producer: Celery
+    files: Storage
     _lock: Lock = field(default_factory=Lock)
     _looked_at: float | None = None
     _checks: dict[str, bool] = field(default_factory=dict)
+    _schema: Schema = field(default_factory=lambda: Schema(None))
 
     async def checks(self) -> dict[str, bool]:
-        """Whether the database and the broker answer, and a worker has reported what its machine can do."""
+        """Whether the database and the broker answer, the schema is one that this code can use, and a worker has
+        reported what its machine can do; whether the object store answers, where there is one."""
+        await self._refresh()
+        return self._checks
+
+    async def schema(self) -> Schema:
+        """What is in the database; nothing where that is away."""
+        await self._refresh()
+        return self._schema
+
+    async def _refresh(self) -> None:
         async with self._lock:
             if self._looked_at is None or monotonic() - self._looked_at > REMEMBER_SECONDS:
                 self._checks = await to_thread.run_sync(self._look)
                 self._looked_at = monotonic()
-            return self._checks
 
     def _look(self) -> dict[str, bool]:
-        checks = {"database": True, "broker": queue.broker_answers(self.producer), "worker": False}
+        broker = queue.broker_answers(self.producer)
+        checks = {"database": False, "schema": False, "broker": broker, "worker": False}
+        self._schema = Schema(None)
         try:
             with database.transaction(self.engine) as session:
-                checks["worker"] = calibrations.current(session) is not None
-        except SQLAlchemyError as error:  # out of reach, or not migrated yet
+                self._schema = schema.look(session)
+                checks |= {"database": True, "schema": self._schema.is_usable}
+                if checks["schema"]:
+                    checks["worker"] = calibrations.current(session) is not None
+        except SQLAlchemyError as error:
             logger.info("the database is not ready: %s", error)
-            checks["database"] = False
+            checks |= {"database": False, "schema": False}
+        if self.files.remote:
+            checks["storage"] = self.files.is_reachable()
         return checks

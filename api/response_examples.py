@@ -352,5 +352,14 @@ RESPONSE_EXAMPLES: dict[str, dict[str, Any]] = {
     "WebhookWithSecret": {**WEBHOOK, "secret": "whsec_EXAMPLEexampleEXAMPLEexampleEXAMPLEexample="},
     "DeliveryResponse": DELIVERY,
     "HealthResponse": {"status": "ok"},
-    "ReadinessResponse": {"status": "ok", "checks": {"database": True, "broker": True, "worker": True}},
+    "ReadinessResponse": {
+        "status": "ok",
+        "checks": {"database": True, "schema": True, "broker": True, "worker": True},
+    },
+    "VersionResponse": {
+        "version": "0.1.0",
+        "revision": "ec6b53737f1f0a3f5a3c9e6d9f2b7c1d8e4a6b90",
+        "api": "1.0",
+        "schema": {"expected": "0015", "found": "0015"},
+    },
 }

@@ -462,6 +462,23 @@ class HealthResponse(_Response):
 
 
 class ReadinessResponse(HealthResponse):
-    checks: dict[Literal["database", "broker", "worker"], bool] = Field(
-        description="`worker`: whether one has ever reported its calibration."
+    checks: dict[Literal["database", "schema", "broker", "worker", "storage"], bool] = Field(
+        description="`schema`: whether the database was migrated far enough for this version. `worker`: whether one "
+        "has ever reported its calibration. `storage`: whether the object store answers; absent where files lie in a "
+        "folder."
     )
+
+
+class SchemaResponse(_Response):
+    expected: str = Field(description="The revision that this version was written for.")
+    found: str | None = Field(description="The database's; null where it cannot be reached, or was never migrated.")
+
+
+class VersionResponse(_Response):
+    version: str
+    revision: str | None = Field(description="Of the source, if it was told to the build.")
+    api: str = Field(
+        description="Of the contract of this API: the second number grows with what is added, the first "
+        "with what breaks clients."
+    )
+    database_schema: SchemaResponse = Field(alias="schema")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from sqlalchemy import Engine
@@ -20,7 +20,6 @@ from service.storage import Storage
 from service.tokenizers import BYTES, TokenizerRef
 
 MAX_STEPS = 1_000_000_000
-_BLOCK_DOCUMENTS = 1 << 16
 _HOPELESS = ("dataset_invalid", "tokenizer_invalid")
 """Codes of failed tokenizations that say the same to every trainer."""
 
@@ -104,8 +103,8 @@ def _steps(
     assert request.epochs is not None  # noqa: S101  # by workload's rules
     assert dataset is not None  # noqa: S101  # by workload's rules
     counts = counts_of("dataset", dataset, tokenizer)
-    folder = files.path(storage.tokens_dir(dataset.id, tokenizer.key))
-    windows = None if counts is None else _windows(counts, request.sequence_length, packing, folder)
+    borders = files.blocks(f"{storage.tokens_dir(dataset.id, tokenizer.key)}/documents.bin")
+    windows = None if counts is None else _windows(counts, request.sequence_length, packing, borders)
     if windows is None:
         raise not_tokenized(session, dataset, tokenizer)
     training = max(1, round(windows * (1 - (request.validation_fraction or 0))))
@@ -115,7 +114,7 @@ def _steps(
     return steps
 
 
-def _windows(counts: Counts, length: int, packing: Packing, folder: Path) -> int | None:
+def _windows(counts: Counts, length: int, packing: Packing, borders: Iterator[bytes]) -> int | None:
     """Sequences of `length` tokens in the dataset, each of which needs one more as its last target; None where it takes
     the documents' lengths, which are not there yet."""
     if packing != "single":
@@ -123,18 +122,21 @@ def _windows(counts: Counts, length: int, packing: Packing, folder: Path) -> int
     if counts.longest_document_tokens <= length + 1:
         return counts.documents
     try:
-        return _single_windows(folder / "documents.bin", length)
+        return _single_windows(borders, length)
     except FileNotFoundError:
         return None
 
 
-def _single_windows(borders: Path, length: int) -> int:
-    """Windows of documents that are cut one by one: a document of L tokens has ceil((L - 1) / length)."""
-    windows, previous = 0, 0
-    with borders.open("rb") as file:
-        file.seek(8)
-        while block := file.read(8 * _BLOCK_DOCUMENTS):
-            for end in array("q", block):
+def _single_windows(borders: Iterable[bytes], length: int) -> int:
+    """Windows of documents that are cut one by one: a document of L tokens has ceil((L - 1) / length). The blocks are
+    of documents.bin: where each begins, and where the last ends."""
+    windows, previous, rest = 0, 0, b""
+    for block in borders:
+        data = rest + block
+        whole = len(data) - len(data) % 8
+        rest = data[whole:]
+        for end in array("q", data[:whole]):
+            if end > previous:
                 windows += (end - previous + length - 2) // length
                 previous = end
     return windows

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cli.client import Client, ServiceError
+from cli.client import Client, Release, ServiceError
+from cli.programs import ROOT
 from cli.sizes import BYTES_PER_GIB, format_bytes
-from cli.up import ROOT
+from cli.version import version
 
 Level = Literal["ok", "warning", "wrong"]
 
@@ -79,13 +80,13 @@ def _versions() -> Iterator[Finding]:
         return
     wanted = re.findall(r"^([\w.-]+)==([^\s;]+)", lock.read_text(encoding="utf-8"), re.MULTILINE)
     other = []
-    for name, version in wanted:
+    for name, tested in wanted:
         try:
             found = importlib.metadata.version(name).partition("+")[0]
         except importlib.metadata.PackageNotFoundError:
             continue  # for another Python, or said above
-        if found != version.partition("+")[0]:
-            other.append(f"{name} {found} (tested: {version})")
+        if found != tested.partition("+")[0]:
+            other.append(f"{name} {found} (tested: {tested})")
     if other:
         shown = ", ".join(other[:5]) + (f" and {len(other) - 5} more" if len(other) > 5 else "")
         yield Finding("warning", f"other versions than those tested: {shown}", "rm -r .venv && make up")
@@ -149,13 +150,18 @@ def _service(url: str, home: Path) -> Iterator[Finding]:
         if "api" in missing:
             yield Finding("warning", f"no service at {url}", "start one: slimtune up (or name another with --url)")
             return
+        try:
+            release = client.version()
+            yield _same(release["version"], url)
+        except ServiceError:  # an older one does not say
+            release = None
         logs = home / "logs"
         for part in missing:
-            yield Finding("wrong", f"{url} has no {part}", f"its log says why: {logs}/{_log_of(part)}.log")
+            yield _missing(part, url, logs, release)
         if missing:
             return
         try:
-            live = [device for device in client.devices() if device["live"]]
+            live = [device for device in client.devices.list() if device["live"]]
         except ServiceError as error:
             mend = "give the key in SLIMTUNE_API_KEY" if error.status == 401 else "see the API's log"
             yield Finding("wrong", str(error), mend)
@@ -166,6 +172,24 @@ def _service(url: str, home: Path) -> Iterator[Finding]:
             yield Finding(
                 "wrong", f"no worker of {url} has been heard of for minutes", f"its log says why: {logs}/worker.log"
             )
+
+
+def _same(theirs: str, url: str) -> Finding:
+    if theirs == version():
+        return Finding("ok", f"{url} has version {theirs}, as this command")
+    what = f"{url} has version {theirs}, this command {version()}"
+    return Finding("warning", what, "install the same version on both sides")
+
+
+def _missing(part: str, url: str, logs: Path, release: Release | None) -> Finding:
+    if part == "schema":
+        schema = None if release is None else release["schema"]
+        stand = "" if schema is None else f": it has schema {schema['found']}, {schema['expected']} is needed"
+        return Finding("wrong", f"the database of {url} is not migrated{stand}", "run: slimtune migrate")
+    if part == "storage":
+        mend = "see SLIMTUNE_STORAGE_URL and its credentials; the API's log has the store's answer"
+        return Finding("wrong", f"{url} cannot reach its object store", mend)
+    return Finding("wrong", f"{url} has no {part}", f"its log says why: {logs}/{_log_of(part)}.log")
 
 
 def _log_of(part: str) -> str:

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from cli.embedded import running_database_url
+from cli.programs import ROOT
 from cli.sizes import format_bytes, parse_bytes
-from cli.up import ROOT
 
 HOME = ROOT / ".slimtune"
 

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from cli import jobs, keys
-from cli.answers import Sample
+from cli import jobs, keys, operate
 from cli.client import Client, DamagedDownloadError, ServiceError
 from cli.demo import STEPS, DemoError, run_demo
 from cli.doctor import examine
 from cli.output import EXITS, REFUSED, URL, Json, Url, exits, fail, print_json
 from cli.up import Options, StackError, run_until_stopped
+from cli.version import version
+
+if TYPE_CHECKING:
+    from cli.client.requests import SampleOptions
 
 HOME = keys.HOME
 MARKS = {"ok": "green", "warning": "yellow", "wrong": "red"}
@@ -30,7 +32,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(jobs.app)
+app.add_typer(operate.app)
 app.add_typer(keys.app)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"slimtune {version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def slimtune(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Say which version this is.")
+    ] = False,
+) -> None:
+    """What every command has."""
+
 
 Home = Annotated[Path, typer.Option(help="Folder of data, logs and sockets.", file_okay=False)]
 
@@ -86,13 +105,15 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="Text to end before; may be given several times.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     url: Url = URL,
+    as_json: Json = False,
 ) -> None:
-    """Continue a text with a job's checkpoint and print what comes, as it comes."""
+    """Continue a text with a job's checkpoint and print what comes, as it comes; on stderr, what is said of it."""
     if prompt is not None and file is not None:
         raise typer.BadParameter("give one of --prompt and --file")
     if prompt is None:
         prompt = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
     options = {
+        "checkpoint": int(checkpoint) if checkpoint.isdecimal() else checkpoint,
         "max_tokens": max_tokens,
         "temperature": temperature,
         "top_k": top_k,
@@ -100,10 +121,16 @@ def generate(
         "stop": stop or None,
         "seed": seed,
     }
-    which = int(checkpoint) if checkpoint.isdecimal() else checkpoint
-    request = {name: value for name, value in options.items() if value is not None}
-    with exits(), Client(url) as client:
-        print_sample(client.generate(job, {"prompt": prompt, "checkpoint": which, **request}))
+    request = cast("SampleOptions", {name: value for name, value in options.items() if value is not None})
+    said = None if as_json else lambda text: typer.echo(text, nl=False)
+    with exits(as_json=as_json), Client(url) as client:
+        sample = client.jobs.get(job).generate(prompt, on_text=said, **request)
+    if as_json:
+        print_json(sample)
+        return
+    typer.echo()
+    reason = f"{sample['finish_reason']}: {sample['tokens']} tokens in {sample['seconds']:.1f} s"
+    typer.echo(f"{reason}, step {sample['step']}, seed {sample['seed']}", err=True)
 
 
 @app.command()
@@ -120,17 +147,6 @@ def doctor(home: Home = HOME, url: Url = URL, as_json: Json = False) -> None:
     if as_json:
         print_json([asdict(finding) for finding in found])
     raise typer.Exit(REFUSED if any(finding.level == "wrong" for finding in found) else 0)
-
-
-def print_sample(pieces: Iterator[str | Sample]) -> None:
-    """The text on stdout, what is said of it on stderr."""
-    for piece in pieces:
-        if isinstance(piece, str):
-            typer.echo(piece, nl=False)
-        else:
-            typer.echo()
-            reason = f"{piece['finish_reason']}: {piece['tokens']} tokens in {piece['seconds']:.1f} s"
-            typer.echo(f"{reason}, step {piece['step']}, seed {piece['seed']}", err=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import ipaddress
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,11 +16,12 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
+from cli import programs
 from cli.client import Client
 from cli.embedded import EmbeddedServerError, EmbeddedServers
 from cli.processes import Child, spawn, tethered
+from cli.programs import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 READY_SECONDS = 500.0
 """How long the service may take to be ready; the worker measures its machine first."""
 WORKER_STOP_SECONDS = 90.0
@@ -120,8 +120,8 @@ class Stack:
         environment = self._environment(*self._start_servers())
         self._migrate(environment)
         self._say("starting API, worker and sweeper; the worker measures this machine")
-        for name, module, stop_seconds in self._programs():
-            self._services.append(self._spawn(name, module, environment, stop_seconds))
+        for name, command, stop_seconds in self._programs():
+            self._services.append(self._spawn(name, command, environment, stop_seconds))
         self._wait_until_ready()
 
     def _start_servers(self) -> tuple[str, str]:
@@ -157,23 +157,17 @@ class Stack:
         }
 
     def _programs(self) -> Iterator[tuple[str, list[str], float]]:
-        """Name, module with arguments, and how many seconds it may take to stop."""
-        where = ["--http", "api.protocol:LimitedHttp", "--host", self._options.host, "--port", str(self.port)]
-        yield "api", ["uvicorn", "api.app:create_app", "--factory", *where, "--timeout-graceful-shutdown", "5"], 15.0
-        quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat", "--loglevel", "INFO"]
-        yield (
-            "worker",
-            ["celery", "-A", "worker.app", "worker", "-Q", "slimtune", *quiet],
-            WORKER_STOP_SECONDS,
-        )
-        yield "sweeper", ["worker.sweeper"], 10.0
+        """Name, command, and how many seconds it may take to stop."""
+        yield "api", programs.api(self._options.host, self.port), 15.0
+        yield "worker", programs.worker(), WORKER_STOP_SECONDS
+        yield "sweeper", programs.sweeper(), 10.0
         if os.environ.get("SLIMTUNE_WEBHOOK_ALLOWED"):
-            yield "webhooks", ["worker.webhooks"], 15.0  # it ends what it is sending, at most ten seconds
+            yield "webhooks", programs.webhooks(), 15.0  # it ends what it is sending, at most ten seconds
 
-    def _spawn(self, name: str, module: list[str], environment: dict[str, str], stop_seconds: float) -> Child:
+    def _spawn(self, name: str, command: list[str], environment: dict[str, str], stop_seconds: float) -> Child:
         return spawn(
             name,
-            tethered([sys.executable, "-m", *module]),
+            tethered(command),
             log=self._logs / f"{name}.log",
             environment=environment,
             directory=ROOT,
@@ -181,7 +175,7 @@ class Stack:
         )
 
     def _migrate(self, environment: dict[str, str]) -> None:
-        migration = self._spawn("migration", ["alembic", "upgrade", "head"], environment, 10.0)
+        migration = self._spawn("migration", programs.migrate("head"), environment, 10.0)
         try:
             if migration.process.wait() != 0:
                 raise StackError(migration.obituary())

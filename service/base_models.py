@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sqlalchemy import Select, or_, select, update
 from sqlalchemy import delete as sql_delete
-from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
 from service.errors import ModelInUseError, ModelNotReadyError, NotFoundError
@@ -74,16 +74,30 @@ def delete(session: Session, model_id: str) -> str:
     model = session.scalars(query).one_or_none() if is_id("model", model_id) else None
     if model is None:
         raise NotFoundError("model", model_id)
-    uses = or_(Job.base_model_id == model_id, Job.tokenizer_path == model.path)
-    users = select(Job.id).where(uses, Job.status.not_in([status.value for status in TERMINAL]))
-    jobs = list(session.scalars(users.order_by(Job.id).limit(20)))
-    preparing = select(Tokenization.dataset_id).where(
-        Tokenization.tokenizer_path == model.path, Tokenization.status.in_(UNFINISHED)
-    )
-    datasets = list(session.scalars(preparing.order_by(Tokenization.dataset_id).limit(20)))
-    if jobs or datasets:
-        raise ModelInUseError(model_id, jobs, datasets)
+    check_unused(session, model)
     session.execute(update(Job).where(Job.output_model_id == model_id).values(output_model_id=None))
     session.execute(sql_delete(Checkpoint).where(Checkpoint.job_id == model.job_id, Checkpoint.step == model.step))
     session.execute(sql_delete(Model).where(Model.id == model_id))
     return model_path(model.id) if model.kind == "upload" else model.path
+
+
+def check_unused(session: Session, model: Model) -> None:
+    """Raises ModelInUseError while an unfinished job starts from it, or an unfinished job or preparation needs its
+    tokenizer. What it says holds as long as the model's row is locked."""
+    jobs = list(session.scalars(users(model.id, model.path).order_by(Job.id).limit(20)))
+    preparing = list(session.scalars(preparations(model.path).order_by(Tokenization.dataset_id).limit(20)))
+    if jobs or preparing:
+        raise ModelInUseError(model.id, jobs, preparing)
+
+
+def users(model_id: Any, path: Any, job: type[Job] = Job) -> Select[str]:
+    """Unfinished jobs that start from a model, or read its tokenizer; `job` may be an alias of the table."""
+    uses = or_(job.base_model_id == model_id, job.tokenizer_path == path)
+    return select(job.id).where(uses, job.status.not_in([status.value for status in TERMINAL]))
+
+
+def preparations(path: Any) -> Select[str]:
+    """Datasets whose tokens are being made by the tokenizer of a model."""
+    return select(Tokenization.dataset_id).where(
+        Tokenization.tokenizer_path == path, Tokenization.status.in_(UNFINISHED)
+    )

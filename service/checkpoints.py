@@ -95,14 +95,26 @@ def file_of(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     raise NotFoundError("file", name)
 
 
+def drop(session: Session, row: Checkpoint) -> None:
+    """Delete the row, whose job's row is locked; the best is then another."""
+    session.execute(delete(Checkpoint).where(Checkpoint.job_id == row.job_id, Checkpoint.step == row.step))
+    _mark_best(session, row.job_id, page(session, row.job_id))
+
+
 def _prune(session: Session, job_id: str, keep: int) -> list[str]:
     """Mark the best, delete the rows of the others beyond the newest `keep`, return their folders."""
     rows = page(session, job_id)
-    losses = [(row.validation_loss, row.step) for row in rows if row.validation_loss is not None]
-    best = min(losses)[1] if losses else None
-    session.execute(update(Checkpoint).where(Checkpoint.job_id == job_id).values(is_best=Checkpoint.step == best))
+    best = _mark_best(session, job_id, rows)
     surplus = [row for row in rows[keep:] if row.step != best]
     if surplus:
         steps = [row.step for row in surplus]
         session.execute(delete(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.step.in_(steps)))
     return [row.path for row in surplus]
+
+
+def _mark_best(session: Session, job_id: str, rows: Sequence[Checkpoint]) -> int | None:
+    """The step of the one with the lowest validation loss, if any has one."""
+    losses = [(row.validation_loss, row.step) for row in rows if row.validation_loss is not None]
+    best = min(losses)[1] if losses else None
+    session.execute(update(Checkpoint).where(Checkpoint.job_id == job_id).values(is_best=Checkpoint.step == best))
+    return best

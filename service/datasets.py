@@ -96,7 +96,7 @@ class DatasetUpload:
             sha256=self._upload.sha256,
             problems=[],
         )
-        path = self._files.path(storage.dataset_path(dataset.id, self.format, self.compression))
+        path = storage.dataset_path(dataset.id, self.format, self.compression)
         folder = dataset_dir(dataset.id)
         commit, size = lambda: self._upload.commit(path), None if reserved else self._upload.bytes
         recorded = uploads.recorded(bind, self._files, folder, commit, size, tenant, limits)
@@ -205,5 +205,5 @@ def remove_expired(bind: Engine, files: Storage, at_once: int = 100) -> list[str
                 folder = delete(session, dataset_id)
         except (NotFoundError, DatasetInUseError):  # since the look
             continue
-        files.remove(folder)
+        files.retire(folder)
     return expired

@@ -15,6 +15,8 @@ HINTS: dict[str, str] = {
     "document_too_large": "split the longest document of the dataset, or raise memory_cap",
     "model_invalid": "start from another model",
     "disk_full": "free space in the data directory and resume the job: it goes on from its last checkpoint",
+    "storage_unavailable": "see that the object store of SLIMTUNE_STORAGE_URL answers (GET /readyz) and resume the job",
+    "storage_denied": "mend the key, its permissions or the bucket's name (docs/storage.md) and resume the job",
     "trainer_error": _SEE_EVENT,
     "trainer_crashed": _SEE_EVENT,
     "protocol_error": f"{_SEE_EVENT} for what writes into its reports",
@@ -23,6 +25,10 @@ HINTS: dict[str, str] = {
     "attempts_exhausted": "see the job's events for how each attempt ended",
 }
 """What a person can do, by code."""
+
+PAUSING = frozenset({"disk_full", "storage_unavailable", "storage_denied"})
+"""Nothing that the job did, and nothing that another attempt mends: it waits for a person
+(docs/decisions/0010-a-full-disk-pauses.md)."""
 
 
 PREPARATION_HINTS: dict[str, str] = {
@@ -34,6 +40,8 @@ PREPARATION_HINTS: dict[str, str] = {
     "model_too_large": "upload its safetensors, or have SLIMTUNE_PREPARER_MEMORY_BYTES raised",
     "document_too_large": "split the longest document, or have SLIMTUNE_PREPARER_MEMORY_BYTES raised",
     "disk_full": "free space in the data directory: it is tried again by itself",
+    "storage_unavailable": "see that the object store answers (GET /readyz): it is tried again by itself",
+    "storage_denied": "mend the object store's key or permissions (docs/storage.md): it is tried again by itself",
     "preparation_crashed": "read the worker's log; POST /datasets/{id}/tokenizations, or another upload, tries again",
     "preparation_timeout": "send a smaller file or a simpler template; the largest may take SLIMTUNE_PREPARER_SECONDS",
     "worker_lost": HINTS["worker_lost"],

@@ -90,8 +90,7 @@ class ModelUpload:
         checked = None if self._names == [GGUF_FILE] else check(self._upload.folder)
         row = self._row(tenant, name, checked)
         folder = model_path(row.id)
-        path = self._files.path(folder)
-        commit, size = lambda: self._upload.commit(path), self._upload.bytes
+        commit, size = lambda: self._upload.commit(folder), self._upload.bytes
         recorded = uploads.recorded(bind, self._files, folder, commit, size, tenant, limits)
         with recorded as session:
             session.add(row)

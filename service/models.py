@@ -229,6 +229,7 @@ class Job(Owned, Base):
         Index("jobs_lease", "lease_until", postgresql_where=text("status = 'running'")),
         Index("jobs_queued", "tenant", "id", postgresql_where=text("status = 'queued'")),
         Index("jobs_running", "device_id", postgresql_where=text("status = 'running'")),
+        Index("jobs_finished", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
     )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
@@ -289,6 +290,8 @@ class Job(Owned, Base):
     """Folder of its tokenizer, relative to the data folder; None for bytes."""
     tokenizer_id: Mapped[str | None] = mapped_column(Id)
     """The tokenizer that the request named, if it named one."""
+    thinned_at: Mapped[datetime | None]
+    """When most of its metrics were deleted (retention.py)."""
     trace: Mapped[str | None]
     """W3C `traceparent` of the request that made it, if that was traced (tracing.py)."""
 
@@ -347,6 +350,17 @@ class ApiKey(Base):
     """Unfinished ones of the tenant."""
     max_bytes: Mapped[int | None]
     """That the tenant's datasets, tokenizers, models and checkpoints may hold."""
+
+
+class WebSession(Base):
+    """A browser that somebody has logged in with a key (web_sessions.py)."""
+
+    __tablename__ = "web_sessions"
+
+    sha256: Mapped[str] = mapped_column(Id, primary_key=True)
+    """Of the token, in hex."""
+    key_id: Mapped[str] = mapped_column(Id, ForeignKey("api_keys.id", ondelete="CASCADE"), index=True)
+    expires_at: Mapped[datetime]
 
 
 class IdempotencyKey(Owned, Base):
@@ -426,12 +440,15 @@ class WebhookDelivery(Base):
         CheckConstraint("status IN ('pending', 'delivered', 'failed')", name="webhook_deliveries_status"),
         Index("webhook_deliveries_due", "webhook_id", "next_attempt_at", postgresql_where=text("status = 'pending'")),
         Index("webhook_deliveries_done", "finished_at", postgresql_where=text("status <> 'pending'")),
+        Index("webhook_deliveries_job_id", "job_id", postgresql_where=text("job_id IS NOT NULL")),
     )
 
     webhook_id: Mapped[str] = mapped_column(Id, ForeignKey("webhooks.id", ondelete="CASCADE"), primary_key=True)
     event_id: Mapped[str] = mapped_column(Id, primary_key=True)
     """The same for all webhooks that hear of the event."""
     type: Mapped[str]
+    job_id: Mapped[str | None] = mapped_column(Id)
+    """What it tells of, if that is a job. No foreign key: to look one up would delay the end of every job."""
     body: Mapped[str]
     """As it is sent, each time."""
     status: Mapped[str] = mapped_column(server_default="pending")

@@ -103,12 +103,12 @@ def announce(session: Session, job_id: str, attempt: int, job_event: str, data: 
     facts |= {"output_model": data.get("output_model"), "error": error}
     kind = f"fine_tuning.job.{status}"
     wanting = (
-        select(Webhook.id, literal(event_id), literal(kind), literal(message(event_id, kind, facts)))
+        select(Webhook.id, literal(event_id), literal(kind), Job.id, literal(message(event_id, kind, facts)))
         .join(Job, Job.tenant == Webhook.tenant)
         .where(Job.id == job_id, Webhook.disabled_at.is_(None), Webhook.events.contains([kind]))
         .with_for_update(read=True, key_share=True, of=Webhook)
     )
-    session.execute(insert(WebhookDelivery).from_select(["webhook_id", "event_id", "type", "body"], wanting))
+    session.execute(insert(WebhookDelivery).from_select(["webhook_id", "event_id", "type", "job_id", "body"], wanting))
 
 
 def claim(session: Session, limit: int) -> list[Claimed]:

@@ -36,7 +36,6 @@ from service.upload_states import COMPLETED, PENDING, is_open
 CLAIM_LIFETIME = timedelta(minutes=2)
 RENEWAL_SECONDS = 10.0
 """From one renewal of a claim to the next. A block is read in less."""
-_BLOCK_BYTES = 1024**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +185,4 @@ def _assemble(files: Storage, wanted: Wanted, sink: DatasetUpload, claim: Claim)
 
 def _blocks(files: Storage, upload_id: str, part_ids: Sequence[str]) -> Iterator[bytes]:
     for part_id in part_ids:
-        with files.path(f"{parts_dir(upload_id)}/{part_id}").open("rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                yield block
+        yield from files.blocks(f"{parts_dir(upload_id)}/{part_id}")

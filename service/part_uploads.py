@@ -139,6 +139,10 @@ class PartSink:
         if not self._file.bytes:
             raise UploadMismatchError("The part is empty.")
         self._file.seal()
+        part_id = new_id("part")
+        path = f"{parts_dir(self._upload_id)}/{part_id}"
+        if self._files.remote:  # it may take long, with nothing locked; without a row it goes with the upload
+            self._file.commit(path)
         with database.transaction(self._bind, self._tenant, self._limits) as session:
             quotas.lock(session)  # before the upload's own lock, as where one is completed
             # Locked: no cancellation comes between the check and the file's way into the folder that it removes.
@@ -153,8 +157,9 @@ class PartSink:
                 raise UploadTooLargeError(SENT_TWICE * upload.bytes)
             if beyond := max(size + self._file.bytes, upload.bytes) - max(size, upload.bytes):
                 quotas.check_bytes(session, int(beyond))
-            part = UploadPart(id=new_id("part"), tenant=self._tenant, upload_id=upload.id, bytes=self._file.bytes)
-            self._file.commit(self._files.path(f"{parts_dir(upload.id)}/{part.id}"))
+            part = UploadPart(id=part_id, tenant=self._tenant, upload_id=upload.id, bytes=self._file.bytes)
+            if not self._files.remote:
+                self._file.commit(path)
             session.add(part)
             session.flush()
             session.refresh(part)

@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Self
 
 from sqlalchemy import select
@@ -72,7 +71,8 @@ class ResultFile:
 
     id: str
     filename: str
-    path: Path
+    path: str
+    """Relative, as service.storage has it."""
     bytes: int
     sha256: str
     """In hex."""
@@ -119,7 +119,7 @@ def get(session: Session, files: Storage, file_id: str) -> ResultFile:
     if wanted.index >= len(checkpoint.files):
         raise NotFoundError("file", file_id)
     record = checkpoint.files[wanted.index]
-    path = files.path(f"{checkpoint.path}/{record['name']}")
+    path = f"{checkpoint.path}/{record['name']}"
     return ResultFile(file_id, record["name"], path, record["bytes"], record["sha256"], checkpoint.created_at)
 
 
@@ -130,8 +130,9 @@ def _metrics(session: Session, files: Storage, job: Job) -> ResultFile:
     name = _written(files.names_in(folder)) or _write(session, files, job)
     match = _CSV_NAME.fullmatch(name)
     assert match is not None  # noqa: S101  # by what gave the name
-    path = files.path(f"{folder}/{name}")
-    return ResultFile(str(ResultId(job.id)), METRICS_FILENAME, path, path.stat().st_size, match[1], job.finished_at)
+    path = f"{folder}/{name}"
+    size = files.stat(path).st_size
+    return ResultFile(str(ResultId(job.id)), METRICS_FILENAME, path, size, match[1], job.finished_at)
 
 
 def _written(names: Sequence[str]) -> str | None:
@@ -151,7 +152,7 @@ def _write(session: Session, files: Storage, job: Job) -> str:
                 for row in rows:
                     session.expunge(row)
         name = f"metrics-{upload.sha256}.csv"
-        upload.commit(files.path(f"{results_dir(job.id)}/{name}"))
+        upload.commit(f"{results_dir(job.id)}/{name}")
     return name
 
 

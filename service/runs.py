@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from service import events, storage, usage
 from service.errors import FencedError
-from service.failures import job_error
+from service.failures import PAUSING, job_error
 from service.ids import new_id
 from service.jobs import planned_anew
 from service.jsonable import clean_json, finite
@@ -255,8 +255,8 @@ def release(
 
     Without progress (a new checkpoint) this counts as a failure, and the `max_failures`-th in a row fails the job with
     code attempts_exhausted and `error` as its cause. With a new `plan` it is a memory replan, counted in
-    `memory_replans` instead. A full disk pauses the job and counts as nothing. A cancel or pause that the user asked
-    for takes effect here.
+    `memory_replans` instead. A full disk, or an object store that is away, pauses the job and counts as
+    nothing. A cancel or pause that the user asked for takes effect here.
     """
     job = hold(session, job_id, attempt)
     if plan is not None:
@@ -266,7 +266,7 @@ def release(
         }
         events.record(session, job_id, attempt, "replanned", {"chunk_length": plan.get("chunk_length")})
         return _give_back(session, job, reason, failures=job.failures, max_failures=None, values=values, error=error)
-    failures = 0 if progressed else job.failures + (0 if _is_full_disk(error) else 1)
+    failures = 0 if progressed else job.failures + (0 if _waits_for_a_person(error) else 1)
     return _give_back(session, job, reason, failures=failures, max_failures=max_failures, values={}, error=error)
 
 
@@ -383,7 +383,7 @@ def _give_back(
 ) -> Job:
     status = _resting_status(job.desired, JobStatus.QUEUED)
     data: dict[str, Any] = {"reason": reason, "failures": failures, "step": job.step}
-    if _is_full_disk(error) and status is not JobStatus.CANCELLED:
+    if _waits_for_a_person(error) and status is not JobStatus.CANCELLED:
         status = JobStatus.PAUSED
         values |= {"desired": Desired.PAUSE.value, "error": clean_json(error)}
     elif status is JobStatus.QUEUED and max_failures is not None and failures >= max_failures:
@@ -402,9 +402,8 @@ def _give_back(
     return given_back
 
 
-def _is_full_disk(error: dict[str, Any] | None) -> bool:
-    """Nothing that the job did, and nothing that another attempt mends."""
-    return error is not None and error["code"] == "disk_full"
+def _waits_for_a_person(error: dict[str, Any] | None) -> bool:
+    return error is not None and error["code"] in PAUSING
 
 
 def _create_output(session: Session, job: Job, output: OutputModel | None) -> str:

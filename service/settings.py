@@ -7,8 +7,9 @@ import os
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service import webhook_urls
@@ -70,7 +71,25 @@ class Settings(DatabaseSettings):
     redis_url: str = Field(validation_alias="REDIS_URL")
     """Broker URL, `redis://host:port/db` or `redis+socket:///path/of/the.sock`."""
     data_dir: Path
-    """Folder of uploads and checkpoints, shared by API and workers."""
+    """Folder of uploads and checkpoints, shared by API and workers; with `storage_url`, this host's own."""
+    storage_url: str | None = None
+    """Where files lie instead: `s3://bucket/prefix`, or `file:///folder` for one that is mounted. None: in `data_dir`,
+    as if it were empty."""
+    storage_patience_seconds: float = Field(default=900, ge=0, allow_inf_nan=False)
+    """How long a job goes on while the object store does not answer, before it is paused."""
+    cache_bytes: int = Field(default=50 * 1024**3, ge=0)
+    """What `data_dir` may hold of files that lie in the object store; what is in use stays beyond that."""
+    aws_endpoint_url: str | None = Field(
+        default=None, validation_alias=AliasChoices("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+    )
+    """Of what is like S3, with its scheme. None: of AWS."""
+    aws_region: str | None = Field(default=None, validation_alias=AliasChoices("AWS_REGION", "AWS_DEFAULT_REGION"))
+    aws_access_key_id: SecretStr | None = Field(default=None, validation_alias="AWS_ACCESS_KEY_ID")
+    aws_secret_access_key: SecretStr | None = Field(default=None, validation_alias="AWS_SECRET_ACCESS_KEY")
+    aws_session_token: SecretStr | None = Field(default=None, validation_alias="AWS_SESSION_TOKEN")
+    """Without a key of its own, a machine's or container's role is what its credentials come from."""
+    aws_allow_http: bool = Field(default=False, validation_alias="AWS_ALLOW_HTTP")
+    """Whether an endpoint may be reached without TLS."""
     log_format: LogFormat = "text"
     """How every process writes its log: for people, or one JSON object a line."""
     host: str = "127.0.0.1"
@@ -129,13 +148,40 @@ class Settings(DatabaseSettings):
     event_heartbeat_seconds: float = Field(default=15, gt=0, le=3_600, allow_inf_nan=False)
     """Silence after which a stream of events sends a comment."""
 
+    keep_metrics_days: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """From how long after its end on a job keeps no more than a thousand points of its curve, and what of its events
+    tells how it went. None, as of the others: for ever."""
+    keep_checkpoints_days: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """From how long after its end on a job keeps no checkpoints but its output, or else its newest, and its best."""
+    keep_jobs_days: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """How long after its end a job is deleted, output and all, once no unfinished job starts from that."""
+
+    revision: str | None = None
+    """Of the source that this was built from, for /version."""
+
     webhook_allowed: str = ""
     """Where webhooks may go: URLs with commas between them, each for all that lies below it. None: nowhere."""
 
-    @field_validator("metrics_token")
+    @field_validator("metrics_token", "revision")
     @classmethod
-    def _empty_is_none(cls, token: SecretStr | None) -> SecretStr | None:
-        return token or None
+    def _empty_is_none(cls, value: SecretStr | str | None) -> SecretStr | str | None:
+        return value or None
+
+    @field_validator("keep_metrics_days", "keep_checkpoints_days", "keep_jobs_days", mode="before")
+    @classmethod
+    def _empty_is_for_ever(cls, value: object) -> object:
+        return None if value == "" else value
+
+    @field_validator("storage_url")
+    @classmethod
+    def _names_a_store(cls, url: str | None) -> str | None:
+        parts = urlsplit(url or "")
+        if url and not (
+            (parts.scheme == "s3" and parts.netloc and not parts.query)
+            or (parts.scheme == "file" and not parts.netloc and parts.path.strip("/"))
+        ):
+            raise ValueError("must be s3://bucket/prefix or file:///folder")
+        return url or None
 
     @field_validator("otel_endpoint")
     @classmethod

@@ -1,4 +1,7 @@
-"""Files below the data folder: uploads, checkpoints, and how both come and go without leaving halves behind.
+"""Files by relative path: uploads, checkpoints, and how both come and go without leaving halves behind.
+
+`Storage` keeps them in the data folder, which API and workers share. `service.object_storage.ObjectStorage` keeps them
+in an object store, and has in the data folder what this host needs of them; `open_storage` chooses.
 
     datasets/<dataset_id>/data.<txt|jsonl|parquet>[.gz|.zst]
     datasets/<dataset_id>/tokens-<tokenizer key>/...
@@ -10,24 +13,35 @@
     parts/<upload_id>/<part_id>                 of files that come in parts, until they are put together
     tmp/                                        uploads on their way, folders being deleted
     doubtful/<path, quoted>                     an empty file for each folder whose row comes or goes just now
+    backup-in-progress                          an empty file, made by who copies all this, as long as it takes
 
-Names come from the server only. A path in the database is relative, so that the folder can move.
+Names come from the server only. A path in the database is relative, so that the folder can move; it is the key in an
+object store.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import secrets
 import shutil
 import time
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote, unquote
 
 from service.errors import StorageFullError, UploadTooLargeError
+from service.patience import NONE, Patience
+from service.settings import Settings
+
+BACKUP_SECONDS = 86_400.0
+"""Age from which the note that a backup is under way is taken for one that was forgotten."""
+logger = logging.getLogger(__name__)
 
 _COMPRESSION_SUFFIXES = {None: "", "gzip": ".gz", "zstd": ".zst"}
 
@@ -50,6 +64,11 @@ def tokens_dir(dataset_id: str, tokenizer_key: str) -> str:
 def tokenizer_dir(tokenizer_id: str) -> str:
     """Relative path of an uploaded or trained tokenizer's folder."""
     return f"tokenizers/{tokenizer_id}"
+
+
+def job_dir(job_id: str) -> str:
+    """Relative path of the folder of all that a job leaves: checkpoints, logs, results."""
+    return f"jobs/{job_id}"
 
 
 def checkpoints_dir(job_id: str) -> str:
@@ -92,13 +111,32 @@ def parts_dir(upload_id: str) -> str:
     return f"{PARTS}/{upload_id}"
 
 
+_BLOCK_BYTES = 1 << 20
+
+FileRecord = dict[str, Any]
+"""{name, bytes, sha256 in hex} of a file of a folder; `name` is relative to that."""
+
+
+def open_storage(settings: Settings) -> Storage:
+    """Where the settings say that files lie. Connects to nothing."""
+    if settings.storage_url is None:
+        return Storage(settings.data_dir)
+    from service.object_storage import ObjectStorage  # noqa: PLC0415  # its library is loaded where it is needed
+
+    return ObjectStorage.of(settings)
+
+
 class Storage:
     """The data folder. Creates what it needs; refuses any path that leads out of it."""
+
+    remote = False
+    """Whether the files lie elsewhere, so that they have to be held and published."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
         self._tmp = self.root / "tmp"
         self._doubts = self.root / "doubtful"
+        self._backup = self.root / "backup-in-progress"
 
     def path(self, relative: str) -> Path:
         """The absolute path. Raises ValueError if it would lie outside the data folder."""
@@ -111,7 +149,7 @@ class Storage:
         """A file to write an upload into; use it as a context manager. Raises StorageFullError."""
         try:
             self._tmp.mkdir(parents=True, exist_ok=True)
-            return Upload(self._tmp / f"upload-{secrets.token_hex(8)}", limit_bytes)
+            return Upload(self._tmp / f"upload-{secrets.token_hex(8)}", limit_bytes, self._place_file)
         except OSError as error:
             raise _translated(error) from error
 
@@ -119,9 +157,69 @@ class Storage:
         """A folder to write an upload of several files into; use it as a context manager. Raises StorageFullError."""
         try:
             self._tmp.mkdir(parents=True, exist_ok=True)
-            return FolderUpload(self._tmp / f"upload-{secrets.token_hex(8)}", limit_bytes)
+            return FolderUpload(self._tmp / f"upload-{secrets.token_hex(8)}", limit_bytes, self._place_folder)
         except OSError as error:
             raise _translated(error) from error
+
+    def _place_file(self, temporary: Path, relative: str, _record: FileRecord) -> None:
+        _move(temporary, self.path(relative))
+
+    def _place_folder(self, temporary: Path, relative: str, _records: Sequence[FileRecord]) -> None:
+        _move(temporary, self.path(relative))
+
+    def exists(self, relative: str) -> bool:
+        """Whether the file or folder is stored, whole, or a folder has something in it that is."""
+        return self.path(relative).exists()
+
+    def hold(self, relative: str, held: ExitStack, patience: Patience = NONE) -> Path:  # noqa: ARG002  # for others
+        """The path of a file or folder on this host, which stays there until `held` is closed unless it is removed.
+
+        From an object store it is fetched first, where it is not here yet. Raises FileNotFoundError if there is none
+        (a data folder does not look), FilesDamagedError, StorageUnavailableError, OSError.
+        """
+        return self.path(relative)
+
+    def drop_copy(self, relative: str) -> None:
+        """Of what is stored elsewhere, or is not going to be stored: what this host has of it."""
+
+    def expect(self, relative: str, held: ExitStack) -> None:
+        """A folder that somebody may make at its path, on this host and for it alone, until `held` is closed."""
+
+    def publish(self, relative: str, patience: Patience = NONE, records: Sequence[FileRecord] | None = None) -> None:
+        """Store what lies at the file's or folder's path on this host; `records` are its files, if they are known.
+
+        Afterwards it exists, for all hosts. Raises StorageUnavailableError.
+        """
+
+    def stat(self, relative: str) -> os.stat_result:
+        """Size and time of a file. Raises FileNotFoundError, StorageUnavailableError."""
+        return self.path(relative).stat()
+
+    def stream(self, relative: str) -> Callable[[int], AsyncIterator[bytes]] | None:  # noqa: ARG002  # for others
+        """A file's bytes from a position on, asynchronously; None where it is to be opened at its path."""
+        return None
+
+    def blocks(self, relative: str) -> Iterator[bytes]:
+        """A file's bytes. Raises FileNotFoundError, StorageUnavailableError."""
+        with self.path(relative).open("rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                yield block
+
+    def remove_strays(self, below: str, registered: Collection[str]) -> None:
+        """Remove what lies below a folder and neither is one of `registered`, nor in or above one."""
+        for stray in strays(self.path(below), frozenset(self.path(path) for path in registered)):
+            self.retire(str(stray.relative_to(self.root)))
+
+    def remove_file(self, relative: str) -> None:
+        """Delete one file of a folder whose others stay. Missing is fine."""
+        self.path(relative).unlink(missing_ok=True)
+
+    def is_reachable(self) -> bool:
+        """Whether an object store answers, and lets us in."""
+        return True
+
+    def tidy(self) -> None:
+        """Remove what this host need not keep; to be called often, looks now and then. Raises OSError."""
 
     def make_folder(self, relative: str) -> Path:
         """A folder whose name, and those of the folders above it, no power cut takes back."""
@@ -146,6 +244,24 @@ class Storage:
             return  # what is in doubt stays so: its files may come yet, from a process that has not heard
         self.trust(relative)
         shutil.rmtree(doomed, ignore_errors=True)
+
+    def is_being_backed_up(self) -> bool:
+        """Whether a backup of the data folder needs the files of rows that are deleted meanwhile. Of an object store,
+        which can keep them itself, it is never said."""
+        try:
+            return not self.remote and self._backup.stat().st_mtime > time.time() - BACKUP_SECONDS
+        except FileNotFoundError:
+            return False
+
+    def retire(self, relative: str) -> None:
+        """`remove` what had a row until now. During a backup it stays, in doubt, and goes with `uploads.settle`."""
+        if not self.is_being_backed_up():
+            self.remove(relative)
+            return
+        try:
+            self.doubt(relative)
+        except StorageFullError:
+            logger.warning("%s: no space to note that it is nobody's; service.verify_program finds it", relative)
 
     def doubt(self, relative: str) -> None:
         """Whether the folder has a row is in doubt (service/uploads.py) until `trust`, or `remove` has removed it.
@@ -195,8 +311,12 @@ class Storage:
 class Upload:
     """One file being written: temporary until `commit`, gone if the block ends without one."""
 
-    def __init__(self, temporary: Path, limit_bytes: int) -> None:
+    def __init__(
+        self, temporary: Path, limit_bytes: int, place: Callable[[Path, str, FileRecord], None] | None = None
+    ) -> None:
+        """`place` is what `commit` does with the file, one of a folder has none."""
         self._temporary = temporary
+        self._place = place
         self._limit_bytes = limit_bytes
         self._file = temporary.open("xb")
         self._hash = hashlib.sha256()
@@ -229,10 +349,16 @@ class Upload:
         except OSError as error:
             raise _translated(error) from error
 
-    def commit(self, destination: Path) -> None:
-        """Make the file durable at `destination`: synced, renamed, the folders synced. Raises StorageFullError."""
+    def commit(self, relative: str) -> None:
+        """Make the file durable under this path: synced, renamed, the folders synced; or stored.
+
+        Raises StorageFullError, StorageUnavailableError.
+        """
         self.seal()
-        _move(self._temporary, destination)
+        if self._place is None:
+            raise ValueError("commit: the file is one of a folder")
+        record = {"name": Path(relative).name, "bytes": self.bytes, "sha256": self.sha256}
+        self._place(self._temporary, relative, record)
 
     def __enter__(self) -> Self:
         return self
@@ -251,16 +377,19 @@ class Upload:
 class FolderUpload:
     """Files being written into one folder: temporary until `commit`, gone if the block ends without one."""
 
-    def __init__(self, temporary: Path, limit_bytes: int) -> None:
-        """`limit_bytes` for all files together."""
+    def __init__(
+        self, temporary: Path, limit_bytes: int, place: Callable[[Path, str, Sequence[FileRecord]], None]
+    ) -> None:
+        """`limit_bytes` for all files together; `place` is what `commit` does with them."""
         self.folder = temporary
+        self._place = place
         self._limit_bytes = limit_bytes
         self._files: dict[str, Upload] = {}
         self.bytes = 0
         temporary.mkdir()
 
     @property
-    def files(self) -> list[dict[str, Any]]:
+    def files(self) -> list[FileRecord]:
         """{name, bytes, sha256} of each file that has begun, in that order."""
         return [{"name": name, "bytes": file.bytes, "sha256": file.sha256} for name, file in self._files.items()]
 
@@ -288,14 +417,17 @@ class FolderUpload:
         if self._files:
             self._last.seal()
 
-    def commit(self, destination: Path) -> None:
-        """Make the folder with all its files durable at `destination`. Raises StorageFullError."""
+    def commit(self, relative: str) -> None:
+        """Make the folder with all its files durable under this path.
+
+        Raises StorageFullError, StorageUnavailableError.
+        """
         self.seal()
         try:
             sync_folder(self.folder)
         except OSError as error:
             raise _translated(error) from error
-        _move(self.folder, destination)
+        self._place(self.folder, relative, self.files)
 
     @property
     def _last(self) -> Upload:
@@ -321,6 +453,26 @@ def _move(temporary: Path, destination: Path) -> None:
             sync_folder(folder)
     except OSError as error:
         raise _translated(error) from error
+
+
+def strays(checkpoints_dir: Path, registered: frozenset[Path]) -> list[Path]:
+    """What lies below `checkpoints_dir` and is neither `registered` nor above what is, so that no row knows it.
+
+    Half-written folders, steps that were never registered, folders of earlier attempts that hold nothing else. (Older
+    versions put the steps of all attempts into `checkpoints_dir` itself.)
+    """
+    needed = registered | {parent for path in registered for parent in path.parents}
+    found = []
+    for entry in _entries(checkpoints_dir):
+        if entry not in needed:
+            found.append(entry)
+        elif entry not in registered:
+            found += [inner for inner in _entries(entry) if inner not in registered]
+    return found
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
 def _is_older(entry: Path, horizon: float) -> bool:

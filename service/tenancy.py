@@ -43,7 +43,9 @@ CHILDREN: dict[type[Base], tuple[str, type[Base]]] = {
     WebhookDelivery: ("webhook_id", Webhook),
 }
 """Tables without a tenant of their own: the column that names their parent, and the parent's table."""
-UNOWNED = frozenset({"devices", "calibrations", "shape_calibrations", "tenant_usage", "api_keys", "deleted_given_back"})
+UNOWNED = frozenset(
+    {"devices", "calibrations", "shape_calibrations", "tenant_usage", "api_keys", "deleted_given_back", "web_sessions"}
+)
 """Tables that are about the machines, or for the operator."""
 
 

@@ -112,7 +112,7 @@ class TokenizerUpload:
             raise TokenizerInvalidError(reason)
         row = _new(tenant, name or FILE, "upload")
         row.bytes = self._upload.bytes
-        path = self._files.path(row.path)
+        path = row.path
         commit, size = lambda: self._upload.commit(path), self._upload.bytes
         recorded = uploads.recorded(bind, self._files, row.path, commit, size, tenant, limits)
         with recorded as session:

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sqlalchemy import Engine, Select, exists, or_, select
+from sqlalchemy import Engine, Select, exists, literal, or_, select
 from sqlalchemy.orm import Session
 
 from service import database, quotas
 from service.errors import StorageFullError
 from service.limits import UNLIMITED, Limits
-from service.models import Checkpoint, Dataset, Model, Tokenizer
+from service.models import Checkpoint, Dataset, Job, Model, Tokenizer
+from service.status import JobStatus
 from service.storage import Storage
 
 DOUBT_SECONDS = 3_600.0
@@ -65,7 +66,7 @@ def recorded(
 
 
 def _check_there(files: Storage, folder: str) -> None:
-    if not files.path(folder).exists():
+    if not files.exists(folder):
         raise FilesGoneError(folder)
 
 
@@ -79,12 +80,18 @@ def leave(files: Storage, folder: str) -> None:
 
 
 def settle(bind: Engine, files: Storage, older_than_seconds: float = DOUBT_SECONDS) -> list[str]:
-    """Remove the folders that are in doubt for so long and have no row; returns them. Raises SQLAlchemyError."""
-    removed = []
+    """Remove the folders that are in doubt for so long and have no row, unless a backup is under way; returns
+    them. Raises
+    SQLAlchemyError."""
+    removed: list[str] = []
+    if files.is_being_backed_up():
+        return removed
     for folder in files.doubtful(older_than_seconds):
         with database.transaction(bind) as session:
-            has_row = session.scalar(_has_row(folder))
-        if has_row or not files.path(folder).exists():
+            has_row, is_coming = session.scalar(_has_row(folder)), session.scalar(_is_coming(folder))
+        if is_coming and not has_row:
+            continue
+        if has_row or not files.exists(folder):
             files.trust(folder)
         else:
             logger.warning("%s has no row: removed", folder)
@@ -94,7 +101,13 @@ def settle(bind: Engine, files: Storage, older_than_seconds: float = DOUBT_SECON
     return removed
 
 
+def _is_coming(folder: str) -> Select[tuple[bool]]:
+    """Whether it is a checkpoint of a job that runs: a large one may be on its way to the store for hours."""
+    running = exists().where(Job.status == JobStatus.RUNNING.value, literal(folder).startswith("jobs/" + Job.id + "/"))
+    return select(running)
+
+
 def _has_row(folder: str) -> Select[tuple[bool]]:
     name = Path(folder).name
-    by_name = [exists().where(table.id == name) for table in (Dataset, Tokenizer, Model)]
+    by_name = [exists().where(table.id == name) for table in (Dataset, Tokenizer, Model, Job)]
     return select(or_(*by_name, exists().where(Model.path == folder), exists().where(Checkpoint.path == folder)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from service.errors import FencedError
+from service.errors import FencedError, FilesDamagedError, StorageUnavailableError
+from service.patience import Patience
 from service.runs import ClaimedJob
 from service.settings import Settings
 from service.status import Desired, JobStatus
-from service.storage import Storage, checkpoints_dir, stderr_path
+from service.storage import checkpoints_dir, open_storage, stderr_path
 from service.tracing import Span
 from slim_core.data.tokens import NO_SPACE_ERRORS
 from worker import outcome
@@ -24,19 +26,23 @@ from worker.environment import trainer_environment
 from worker.lease import LeaseLostError, Watchdog
 from worker.ledger import RETRY_SECONDS, Event, Ledger
 from worker.memory_watch import MemoryWatch
-from worker.messages import Data, Device, Done, Failure, Matching, ProtocolError, Started, parse
+from worker.messages import Checkpoint, Data, Device, Done, Failure, Matching, ProtocolError, Started, parse
 from worker.numbers import AttemptNumbers
 from worker.outcome import MEMORY_CODE, Ending
 from worker.process import TrainerProcess, tail
-from worker.resume import damage, strays
+from worker.publisher import publisher_for
+from worker.resume import damage
 from worker.spans import AttemptSpans
 from worker.stop import StopRequest
 
 POLL_SECONDS = 0.25
+PUBLISH_POLL_SECONDS = 0.05
 STOP_SECONDS = 60.0
 """How long a trainer that was told to stop may take for its checkpoint ..."""
 CANCEL_SECONDS = 3.0
 """... and how long if the job is cancelled, and nobody waits for a checkpoint: with a heartbeat, within 10 s."""
+PUBLISH_SECONDS = 600.0
+"""How long a worker that ends waits for a checkpoint on its way to an object store."""
 EXIT_SECONDS = 10.0
 """How long a trainer may take to end after it closed its report pipe."""
 
@@ -62,8 +68,11 @@ class Attempt:
         self._command = command
         self._slot = slot
         self._stop = stop
-        self._storage = Storage(settings.data_dir)
-        self._ledger = Ledger(bind, self._storage, job, settings)
+        self._storage = open_storage(settings)
+        self._publisher = publisher_for(self._storage, settings.storage_patience_seconds)
+        self._held = ExitStack()
+        """What this host must keep of stored files meanwhile."""
+        self._ledger = Ledger(bind, self._publisher, job, settings)
         self._numbers = AttemptNumbers(job.plan)
         self._spans = AttemptSpans(span)
         self._log_path = self._storage.path(stderr_path(job.id, job.attempt))
@@ -71,12 +80,17 @@ class Attempt:
         self._failure: Failure | None = None
         self._stopped: str | None = None
         self._kill_at = float("inf")
+        self._noted: set[str] = set()
 
     def run(self) -> bool:
         """Run to the end of the attempt; whether the job is queued again.
 
         A run that lost its job or its database ends quietly: no write, nothing deleted, the trainer gone.
         """
+        with self._held, closing(self._publisher):
+            return self._run()
+
+    def _run(self) -> bool:
         try:
             ending = self._train_or_say_why_not()
             try:
@@ -105,6 +119,8 @@ class Attempt:
     def _broken(self, error: Exception) -> Ending:
         """The end of a run that this side could not go on with."""
         code = "supervisor_error"
+        if isinstance(error, StorageUnavailableError):
+            return self._ending(None, Failure(error.code, error.message, None, None))
         if isinstance(error, ProtocolError):
             code = "protocol_error"
         elif isinstance(error, OSError) and error.errno in NO_SPACE_ERRORS:
@@ -121,6 +137,7 @@ class Attempt:
                 self._watch(trainer, memory)
         finally:
             status = trainer.close()
+        self._await_publication()
         if self._ledger.lease.lost:
             raise LeaseLostError("the watchdog ended the trainer")
         if memory.exceeded_bytes is not None and self._done is None:
@@ -149,24 +166,80 @@ class Attempt:
         self._ledger.hold()
         rows = self._ledger.checkpoints()
         resume_from: Path | None = None
-        registered = {self._storage.path(path) for _, path, _ in rows}
+        registered = {path for _, path, _ in rows}
         for step, path, files in rows:
-            reason = damage(self._storage.path(path), files, self._ledger.beat)
+            reason = self._damage(path, files)
             if reason is None:
                 resume_from = self._storage.path(path)
                 self._ledger.last_checkpoint = step
                 break
             logger.warning("checkpoint %d is damaged: %s", step, reason)
             self._ledger.add(Event("checkpoint_damaged", {"step": step, "reason": reason}))
-            registered.discard(self._storage.path(path))  # out of the way of the step's next checkpoint
+            registered.discard(path)  # out of the way of the step's next checkpoint
         self._ledger.hold()
-        for stray in strays(self._storage.path(checkpoints_dir(self._job.id)), frozenset(registered)):
-            self._storage.remove(str(stray.relative_to(self._storage.root)))
+        self._remove_strays(registered)
         return self._spec(self._storage.make_folder(self._job.checkpoints_dir), resume_from)
+
+    def _damage(self, path: str, files: list[dict[str, Any]]) -> str | None:
+        """What is wrong with a checkpoint, after it was brought here; None if nothing is. A copy that this host had is
+        fetched anew where it is damaged."""
+        for last in (not self._storage.remote, True):
+            try:
+                with ExitStack() as held:
+                    folder = self._storage.hold(path, held, self._patience())
+                    reason = damage(folder, files, self._ledger.beat)
+                    if reason is None:
+                        self._held.enter_context(held.pop_all())
+            except FileNotFoundError:
+                return f"{Path(path).name} is missing"
+            except FilesDamagedError as error:
+                return str(error)
+            if reason is None or last:
+                return reason
+            self._storage.drop_copy(path)
+        raise AssertionError
+
+    def _patience(self) -> Patience:
+        return Patience(self._settings.storage_patience_seconds, self._ledger.beat, self._note_trouble)
+
+    def _note_trouble(self, error: StorageUnavailableError) -> None:
+        logger.warning("the object store: %s", error.detail)
+        self._note_code(error.code)
+
+    def _note_code(self, code: str) -> None:
+        """For whoever watches the job: once for each time that the store is away."""
+        if code not in self._noted:
+            self._noted.add(code)
+            self._ledger.add(Event("storage_waiting", {"code": code}))
+
+    def _remove_strays(self, registered: set[str]) -> None:
+        try:
+            self._storage.remove_strays(checkpoints_dir(self._job.id), registered)
+        except StorageUnavailableError as error:  # they harm nobody; the next attempt removes them
+            logger.warning("what earlier attempts left stays: %s", error.detail)
+
+    def _dataset(self, path: str | None) -> str | None:
+        """The absolute path of a dataset's file, beside which its tokens lie, or where the trainer makes them."""
+        if path is None:
+            return None
+        tokens = f"{Path(path).parent}/tokens-{self._job.tokenizer_key}"
+        try:
+            self._storage.hold(tokens, self._held, self._patience())
+            return str(self._storage.path(path))
+        except FileNotFoundError:
+            self._storage.expect(tokens, self._held)
+        return self._here(path)
+
+    def _here(self, path: str) -> str:
+        """The absolute path of what was fetched if it had to be; of what is missing the trainer knows what it means."""
+        try:
+            return str(self._storage.hold(path, self._held, self._patience()))
+        except FileNotFoundError:
+            return str(self._storage.path(path))
 
     def _spec(self, folder: Path, resume_from: Path | None) -> dict[str, Any]:
         def absolute(relative: str | None) -> str | None:
-            return None if relative is None else str(self._storage.path(relative))
+            return None if relative is None else self._here(relative)
 
         return {
             "job_id": self._job.id,
@@ -175,8 +248,8 @@ class Attempt:
             "train": self._job.train,
             "plan": self._job.plan,
             "memory_cap_bytes": self._job.memory_cap_bytes,
-            "dataset_path": absolute(self._job.dataset_path),
-            "validation_path": absolute(self._job.validation_path),
+            "dataset_path": self._dataset(self._job.dataset_path),
+            "validation_path": self._dataset(self._job.validation_path),
             "tokenizer": absolute(self._job.tokenizer_path),
             "validation_fraction": self._job.train.get("validation_fraction"),
             "names": self._job.names,
@@ -194,12 +267,38 @@ class Attempt:
             else:
                 for line in trainer.read_lines(POLL_SECONDS):
                     self._take(line, memory)
+            self._collect()
             self._steer(trainer)
             self._ledger.beat()
         deadline = time.monotonic() + EXIT_SECONDS
         while trainer.running and time.monotonic() < deadline:
             time.sleep(0.02)
             self._ledger.beat()
+
+    def _collect(self) -> None:
+        """What was published is registered next. Raises StorageUnavailableError once patience is over."""
+        for checkpoint in self._publisher.published():
+            self._ledger.add(checkpoint)
+            self._noted.clear()
+        for code in self._publisher.troubles():
+            self._note_code(code)
+
+    def _await_publication(self) -> None:
+        """The trainer is gone; its last checkpoint may be on its way. Raises FencedError, LeaseLostError."""
+        until = float("inf")
+        while self._publisher.is_busy:
+            self._collect()
+            self._ledger.beat()
+            reason = self._wanted_end()
+            if reason in ("cancel", "worker_lost"):
+                return
+            if reason == "worker_shutdown":
+                until = min(until, time.monotonic() + PUBLISH_SECONDS)
+            if time.monotonic() > until:
+                logger.warning("the last checkpoint is not published: the worker ends")
+                return
+            time.sleep(PUBLISH_POLL_SECONDS)
+        self._collect()
 
     def _take(self, line: bytes, memory: MemoryWatch) -> None:
         message = parse(line)
@@ -219,6 +318,9 @@ class Attempt:
                 self._done = done
             case Failure() as failure:
                 self._failure = failure
+            case Checkpoint() as checkpoint:
+                self._publisher.submit(checkpoint, f"{self._job.checkpoints_dir}/{checkpoint.name}")
+                self._collect()
             case entry:
                 self._ledger.add(entry)
 

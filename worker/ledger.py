@@ -19,10 +19,10 @@ from service.database import transaction
 from service.runs import ClaimedJob
 from service.settings import Settings
 from service.status import Desired
-from service.storage import Storage
 from worker.lease import Lease, LeaseLostError, now
 from worker.messages import Checkpoint, Evaluation, GradientCheck, Metric, Probed
 from worker.numbers import HEARTBEAT_FAILURES
+from worker.publisher import Publisher
 
 METRICS_SECONDS = 1.0
 """The longest that a step stays unwritten while the database answers."""
@@ -56,9 +56,9 @@ def is_outage(error: SQLAlchemyError) -> bool:
 class Ledger:
     """What one attempt has to tell the database, and what the database said last."""
 
-    def __init__(self, bind: Engine, storage: Storage, job: ClaimedJob, settings: Settings) -> None:
+    def __init__(self, bind: Engine, publisher: Publisher, job: ClaimedJob, settings: Settings) -> None:
         self._bind = bind
-        self._storage = storage
+        self._publisher = publisher
         self._job = job
         self._settings = settings
         self._pending: list[Entry] = []
@@ -205,6 +205,6 @@ class Ledger:
     def _remove(self, folders: list[str]) -> None:
         for folder in folders:
             try:
-                self._storage.remove(folder)
+                self._publisher.remove(folder)
             except OSError as error:  # no row knows it any more, so the next attempt removes it as a stray
                 logger.warning("%s not deleted: %s", folder, error)

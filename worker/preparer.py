@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,11 +29,12 @@ from sqlalchemy.orm import Session
 
 from service import database, preparations
 from service.compression import MAX_RATIO
-from service.errors import PreparationFencedError
-from service.failures import preparation_error
+from service.errors import PreparationFencedError, StorageUnavailableError
+from service.failures import PAUSING, preparation_error
+from service.patience import Patience
 from service.preparations import Preparation
 from service.settings import Settings
-from service.storage import Storage
+from service.storage import open_storage
 from slim_core.data.tokens import BROKEN_DATASET, NO_MEMORY, NO_SPACE, NO_SPACE_ERRORS
 from worker.environment import preparer_environment
 from worker.lease import Lease
@@ -100,7 +102,9 @@ class Preparer:
         self._worker = worker
         self._prepare, self._train, self._check = prepare, train, check
         self._convert, self._check_model = convert, check_model
-        self._storage = Storage(settings.data_dir)
+        self._storage = open_storage(settings)
+        self._held = ExitStack()
+        """What this host must keep of stored files while it works on one thing."""
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="preparer", daemon=True)
 
@@ -118,6 +122,7 @@ class Preparer:
         while not self._stopping.is_set():
             try:
                 worked = self.step()
+                self._storage.tidy()
             except SQLAlchemyError as error:
                 worked = False
                 logger.warning("cannot look for work to prepare: %s", str(error).splitlines()[0])
@@ -136,7 +141,9 @@ class Preparer:
         logger.info("preparing %s (%s, attempt %d)", work.name, work.kind, work.attempt)
         lease = Lease(self._settings.self_kill_seconds)
         try:
-            self._write(lease, self._work(work, lease))
+            with self._held:
+                record = self._work(work, lease)
+            self._write(lease, record)
         except PreparationFencedError as error:
             logger.warning("%s", error)
             self._remove_if_gone(work)
@@ -158,6 +165,9 @@ class Preparer:
             return _record_of(work, error)
         except (PreparationFencedError, SQLAlchemyError):
             raise
+        except StorageUnavailableError as error:
+            logger.warning("the object store: %s", error.detail)
+            return _record_of(work, FailedError(error.code, error.message))
         except OSError as error:
             code = "disk_full" if error.errno in NO_SPACE_ERRORS else "preparation_crashed"
             return _record_of(work, FailedError(code, str(error)))
@@ -168,45 +178,80 @@ class Preparer:
         return lambda session: preparations.finish(session, work, result)
 
     def _tokenise(self, work: Preparation, lease: Lease) -> dict[str, Any]:
-        """The counts of the token folder, which is there. Raises FailedError, StoppedError, PreparationFencedError."""
+        """The counts of the token folder, which is there. Raises FailedError, StoppedError, PreparationFencedError,
+        StorageUnavailableError."""
         output = self._storage.path(work.output_path)
-        tokenizer = "bytes" if work.tokenizer_path is None else str(self._storage.path(work.tokenizer_path))
-        if work.tokenizer_path is not None and not Path(tokenizer).is_dir():
-            raise FailedError("tokenizer_missing", "The tokenizer is not there any more.")
-        arguments = ["--source", self._source(work), "--tokenizer", tokenizer, "--out", str(output)]
-        arguments += ["--most-text", str(self._settings.max_expanded_bytes)]
-        self._child(work, lease, self._prepare, arguments, self._limit_seconds(work))
-        return _counts(output)
+        if not (self._storage.remote and self._is_made(work, lease)):  # the program looks by itself, and needs no copy
+            tokenizer = "bytes" if work.tokenizer_path is None else self._tokenizer_folder(work, lease)
+            arguments = ["--source", self._source(work, lease), "--tokenizer", tokenizer, "--out", str(output)]
+            arguments += ["--most-text", str(self._settings.max_expanded_bytes)]
+            self._child(work, lease, self._prepare, arguments, self._limit_seconds(work, lease))
+        counts = _counts(output)
+        self._storage.publish(work.output_path, self._patience(work, lease))
+        return counts
 
     def _tokenizer(self, work: Preparation, lease: Lease) -> dict[str, Any]:
         """Key and size of a tokenizer that was trained, if it had to be, and checked. Raises as `_tokenise`."""
         folder = str(self._storage.path(work.output_path))
-        if work.kind == "training" and not Path(folder).exists():  # which an attempt that was lost may have done
-            arguments = ["--source", self._source(work), "--vocab-size", str(work.vocab_size), "--out", folder]
+        if work.kind == "check":
+            self._hold(work.output_path, work, lease)
+        elif not self._is_made(work, lease):
+            arguments = ["--source", self._source(work, lease), "--vocab-size", str(work.vocab_size), "--out", folder]
             arguments += ["--most-text", str(self._settings.max_expanded_bytes)]
-            self._child(work, lease, self._train, arguments, self._limit_seconds(work))
+            self._child(work, lease, self._train, arguments, self._limit_seconds(work, lease))
         answer = self._child(work, lease, self._check, [folder], CHECK_SECONDS, broken="tokenizer_invalid")
         result: dict[str, Any] = json.loads(answer)
+        self._storage.publish(work.output_path, self._patience(work, lease))
         return result | {"bytes": _size(Path(folder))}
 
     def _conversion(self, work: Preparation, lease: Lease) -> dict[str, Any]:
         """What an uploaded .gguf, which is deleted then, turned out to be. Raises as `_tokenise`."""
-        source, folder = self._source(work), self._storage.path(work.output_path)
-        if not folder.exists():  # which an attempt that was lost may have made
-            arguments = [source, str(folder)]
-            self._child(work, lease, self._convert, arguments, self._limit_seconds(work), broken="model_invalid")
+        folder = self._storage.path(work.output_path)
+        if not self._is_made(work, lease):
+            arguments = [self._source(work, lease), str(folder)]
+            limit = self._limit_seconds(work, lease)
+            self._child(work, lease, self._convert, arguments, limit, broken="model_invalid")
         answer = self._child(work, lease, self._check_model, [str(folder)], CHECK_SECONDS, broken="model_invalid")
         result: dict[str, Any] = json.loads(answer)
-        Path(source).unlink(missing_ok=True)
+        self._storage.publish(work.output_path, self._patience(work, lease))
+        if work.source_path is not None and not self._storage.is_being_backed_up():  # else it goes with the model
+            self._storage.remove_file(work.source_path)
         return result | {"bytes": _size(folder)}
 
-    def _source(self, work: Preparation) -> str:
+    def _is_made(self, work: Preparation, lease: Lease) -> bool:
+        """Whether an attempt that was lost has made it; it is on this host then."""
+        folder = self._storage.path(work.output_path)
+        if not folder.exists() and self._storage.remote:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                self._hold(work.output_path, work, lease)
+        return folder.exists()
+
+    def _hold(self, relative: str, work: Preparation, lease: Lease) -> Path:
+        return self._storage.hold(relative, self._held, self._patience(work, lease))
+
+    def _patience(self, work: Preparation, lease: Lease) -> Patience:
+        """None, as it is tried again later; but the lease is renewed."""
+        return Patience(beat=lambda: self._beat(work, lease))
+
+    def _tokenizer_folder(self, work: Preparation, lease: Lease) -> str:
+        """Raises FailedError."""
+        assert work.tokenizer_path is not None  # noqa: S101  # by who asks
+        try:
+            folder = self._hold(work.tokenizer_path, work, lease)
+        except FileNotFoundError:
+            folder = self._storage.path(work.tokenizer_path)
+        if not folder.is_dir():
+            raise FailedError("tokenizer_missing", "The tokenizer is not there any more.")
+        return str(folder)
+
+    def _source(self, work: Preparation, lease: Lease) -> str:
         if work.source_path is None:
             raise ValueError(f"{work.name}: has no dataset")
-        return str(self._storage.path(work.source_path))
+        return str(self._hold(work.source_path, work, lease))
 
-    def _limit_seconds(self, work: Preparation) -> float:
-        return limit_seconds(Path(self._source(work)), self._settings.preparer_seconds)
+    def _limit_seconds(self, work: Preparation, lease: Lease) -> float:
+        return limit_seconds(Path(self._source(work, lease)), self._settings.preparer_seconds)
 
     def _child(
         self,
@@ -246,12 +291,16 @@ class Preparer:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(POLL_SECONDS)
                 return
-            if self._stopping.is_set():
-                raise StoppedError
+            self._beat(work, lease)
             if time.monotonic() > until:
                 raise FailedError("preparation_timeout", "It took too long.")
-            if lease.age_seconds > self._settings.heartbeat_seconds:
-                self._renew(work, lease)
+
+    def _beat(self, work: Preparation, lease: Lease) -> None:
+        """Raises StoppedError, PreparationFencedError."""
+        if self._stopping.is_set():
+            raise StoppedError
+        if lease.age_seconds > self._settings.heartbeat_seconds:
+            self._renew(work, lease)
 
     def _renew(self, work: Preparation, lease: Lease) -> None:
         """Try to. Raises PreparationFencedError also where the database was away for too long."""
@@ -303,7 +352,7 @@ def limit_seconds(source: Path, most_seconds: float) -> float:
 
 def _record_of(work: Preparation, failure: FailedError) -> Write:
     logger.warning("%s is not prepared: %s", work.name, failure)
-    records = {"disk_full": preparations.put_off, "preparation_crashed": preparations.crashed}
+    records = {"preparation_crashed": preparations.crashed, **dict.fromkeys(PAUSING, preparations.put_off)}
     record = records.get(failure.code, preparations.fail)
     return lambda session: record(session, work, failure.error)
 

@@ -29,26 +29,6 @@ def damage(folder: Path, files: Iterable[dict[str, Any]], beat: Callable[[], obj
     return None
 
 
-def strays(checkpoints_dir: Path, registered: frozenset[Path]) -> list[Path]:
-    """What lies below `checkpoints_dir` and is neither `registered` nor above what is, so that no row knows it.
-
-    Half-written folders, steps that were never registered, folders of earlier attempts that hold nothing else. (Older
-    versions put the steps of all attempts into `checkpoints_dir` itself.)
-    """
-    needed = registered | {parent for path in registered for parent in path.parents}
-    found = []
-    for entry in _entries(checkpoints_dir):
-        if entry not in needed:
-            found.append(entry)
-        elif entry not in registered:
-            found += [inner for inner in _entries(entry) if inner not in registered]
-    return found
-
-
-def _entries(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir()) if folder.is_dir() else []
-
-
 def _sha256(path: Path, beat: Callable[[], object]) -> str:
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:

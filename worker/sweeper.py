@@ -14,13 +14,16 @@ from celery import Celery
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from service import database, datasets, devices, idempotency, jobs, logs, part_uploads, queue, runs, uploads
+from service import database, datasets, devices, idempotency, jobs, logs, part_uploads, queue, retention, runs, uploads
+from service.errors import StorageUnavailableError
 from service.settings import Settings, load_settings
-from service.storage import Storage, stderr_path
+from service.storage import Storage, open_storage, stderr_path
 from worker.process import tail
 
 LOCK_KEY = 0x511_57EE7
 """Of the advisory lock under which one sweeper at a time works."""
+PRUNE_SECONDS = 60.0
+"""Between looks for what has had its time, where the last one found nothing."""
 
 logger = logging.getLogger(__name__)
 
@@ -69,18 +72,24 @@ def run(settings: Settings) -> NoReturn:
     """Sweep until the process is told to end. Outlives restarts of the database and the broker."""
     bind = database.engine(settings)
     app = queue.producer(settings.redis_url)
-    storage = Storage(settings.data_dir)
+    storage = open_storage(settings)
+    prune_at = time.monotonic()
     while True:
         try:
             sweep(bind, app, storage)
             storage.clean_temporary()
+            storage.tidy()
             uploads.settle(bind, storage)
             part_uploads.settle(bind, storage)
             datasets.remove_expired(bind, storage)
+            if time.monotonic() >= prune_at and not retention.prune(bind, storage, settings).anything:
+                prune_at = time.monotonic() + PRUNE_SECONDS
         except SQLAlchemyError as error:
             logger.warning("not swept: %s", str(error).splitlines()[0])
         except OSError as error:
             logger.warning("files not cleaned: %s", error)
+        except StorageUnavailableError as error:
+            logger.warning("files not cleaned: %s", error.detail)
         time.sleep(settings.sweep_seconds)
 
 

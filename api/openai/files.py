@@ -141,8 +141,8 @@ def content(file_id: str, session: SessionDep, context: ContextDep) -> Response:
         stored = dataset_path(found.id, found.format, found.compression)
         # Named by us: what a client called it is for no header.
         name = f"{found.id}.{stored.rpartition('/')[2].partition('.')[2]}"
-        return Download(context.storage.path(stored), name, found.bytes, found.sha256)
-    return Download(found.path, found.filename, found.bytes, found.sha256)
+        return Download(context.storage, stored, name, found.bytes, found.sha256)
+    return Download(context.storage, found.path, found.filename, found.bytes, found.sha256)
 
 
 @router.delete(

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Path
+from fastapi import APIRouter, BackgroundTasks, Path
 from starlette.responses import Response
 
 from api.dependencies import ContextDep, SessionDep
 from api.downloads import Download
+from api.errors import InvalidRequestError
 from api.problems import documented
 from api.responses import CheckpointResponse, Page
-from service import checkpoints, jobs
+from service import checkpoints, deletions, jobs, uploads
 
 router = APIRouter(prefix="/jobs/{job_id}/checkpoints", tags=["checkpoints"])
 
@@ -32,6 +33,29 @@ def get(job_id: str, step: Which, session: SessionDep) -> CheckpointResponse:
     return CheckpointResponse.of_row(checkpoints.get(session, jobs.get(session, job_id), step))
 
 
+@router.delete(
+    "/{step}",
+    status_code=204,
+    summary="Delete a checkpoint",
+    responses=documented(*MISSING, "409 checkpoint_in_use", 422),
+)
+def delete(
+    job_id: str,
+    step: Annotated[str, Path(description="A step, by its number alone: what `latest` means may change.")],
+    session: SessionDep,
+    context: ContextDep,
+    background: BackgroundTasks,
+) -> None:
+    """Not the newest one of a job that is not over, from which it goes on, nor the one that is a job's output: that
+    goes with its model."""
+    job = jobs.get(session, job_id)
+    if step in ("latest", "best", "final"):
+        raise InvalidRequestError(("step", "name the checkpoint to delete by its step"))
+    folder = deletions.delete_checkpoint(session, job.id, checkpoints.get(session, job, step).step)
+    uploads.leave(context.storage, folder)
+    background.add_task(context.storage.retire, folder)
+
+
 @router.head("/{step}/files/{name:path}", include_in_schema=False)
 @router.get(
     "/{step}/files/{name:path}",
@@ -47,5 +71,5 @@ def download(job_id: str, step: Which, name: str, session: SessionDep, context: 
     """The bytes. `Range` and `If-Range` work; `ETag` is the SHA-256 in hex, `Repr-Digest` the same by RFC 9530."""
     checkpoint = checkpoints.get(session, jobs.get(session, job_id), step)
     record = checkpoints.file_of(checkpoint, name)
-    path = context.storage.path(f"{checkpoint.path}/{record['name']}")
-    return Download(path, record["name"], record["bytes"], record["sha256"])
+    path = f"{checkpoint.path}/{record['name']}"
+    return Download(context.storage, path, record["name"], record["bytes"], record["sha256"])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body
@@ -15,7 +18,8 @@ from api.generation import GENERATE_EXAMPLES, GenerateRequest, GenerateResponse
 from api.problems import documented
 from api.samples import Sample
 from service import checkpoints, jobs
-from service.errors import GenerateUnavailableError
+from service.errors import CheckpointDamagedError, FilesDamagedError, GenerateUnavailableError, NotFoundError
+from service.storage import Storage
 
 router = APIRouter(prefix="/jobs/{job_id}/generate", tags=["checkpoints"])
 
@@ -64,12 +68,22 @@ def generate(
     return Sample(
         context.settings,
         context.sampler_slots,
+        functools.partial(_hold, context.storage, checkpoint.path, checkpoint.step),
         {
             **fields,
-            "folder": str(context.storage.path(checkpoint.path)),
             "stop": [request.stop] if isinstance(request.stop, str) else request.stop,
         },
         step=checkpoint.step,
         seed=secrets.randbits(31) if request.seed is None else request.seed,
         stream=request.stream,
     )
+
+
+def _hold(files: Storage, folder: str, step: int, held: ExitStack) -> Path:
+    """Raises NotFoundError, CheckpointDamagedError, StorageUnavailableError."""
+    try:
+        return files.hold(folder, held)
+    except FileNotFoundError as error:
+        raise NotFoundError("checkpoint", str(step)) from error
+    except FilesDamagedError as error:
+        raise CheckpointDamagedError(str(error)) from error

@@ -10,9 +10,10 @@ from api import local_only, prometheus
 from api.dependencies import ContextDep
 from api.errors import KeysRequiredError, MetricsTokenError
 from api.problems import documented
-from api.responses import HealthResponse, ReadinessResponse
+from api.responses import HealthResponse, ReadinessResponse, SchemaResponse, VersionResponse
 from service import database, telemetry
 from service.settings import Settings
+from service.version import API_VERSION, version
 
 router = APIRouter(tags=["health"])
 
@@ -33,6 +34,18 @@ async def readyz(context: ContextDep, response: Response) -> ReadinessResponse:
     ready = all(checks.values())
     response.status_code = 200 if ready else 503
     return ReadinessResponse.model_validate({"status": "ok" if ready else "unavailable", "checks": checks})
+
+
+@router.get("/version", summary="Which version is this?")
+async def show_version(context: ContextDep) -> VersionResponse:
+    """Of the code, of this API, and of the database's schema, up to a second old."""
+    schema = await context.readiness.schema()
+    return VersionResponse(
+        version=version(),
+        revision=context.settings.revision,
+        api=API_VERSION,
+        schema=SchemaResponse(expected=schema.expected, found=schema.found),
+    )
 
 
 @router.get(

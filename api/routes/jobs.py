@@ -14,7 +14,7 @@ from api.event_stream import EventStream
 from api.problems import documented
 from api.responses import EventResponse, JobResponse, JobSummary, MetricResponse, Page
 from api.schemas import INTEGER_END, JOB_EXAMPLES, RESUME_EXAMPLES, IdempotencyKey, JobRequest, ResumeRequest
-from service import database, events, jobs, metrics
+from service import database, deletions, events, jobs, metrics, uploads
 from service.status import TERMINAL
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
@@ -78,6 +78,20 @@ def list_page(
 async def get(job_id: str, context: ContextDep, caller: CallerDep) -> Response:
     job = JobResponse.of_row(await context.looks.job(caller.tenant, job_id))
     return Response(job.model_dump_json(), media_type="application/json")
+
+
+@router.delete(
+    "/{job_id}",
+    status_code=204,
+    summary="Delete a job",
+    responses=documented("404 job_not_found", "409 job_unfinished", "409 model_in_use"),
+)
+def delete(job_id: str, session: SessionDep, context: ContextDep, background: BackgroundTasks) -> None:
+    """One that is over, with its metrics, events, checkpoints and logs, and with the model that is its output: refused
+    while a job that is not finished starts from that."""
+    folder = deletions.delete_job(session, job_id)
+    uploads.leave(context.storage, folder)
+    background.add_task(context.storage.retire, folder)
 
 
 @router.post("/{job_id}/cancel", summary="Cancel a job", responses=documented("404 job_not_found", 409))

@@ -30,16 +30,19 @@ from service.errors.generate import (
 )
 from service.errors.jobs import (
     CheckpointDamagedError,
+    CheckpointInUseError,
     FencedError,
     IdempotencyKeyInFlightError,
     IdempotencyKeyReusedError,
     JobStateConflictError,
+    JobUnfinishedError,
     MemoryCapExceedsDeviceError,
     NoCheckpointError,
     TooManyJobsError,
     TooManyStreamsError,
 )
 from service.errors.models import BuiltinModelError, ModelInUseError, ModelInvalidError, ModelNotReadyError
+from service.errors.storage import FilesDamagedError, StorageDeniedError, StorageUnavailableError
 from service.errors.uploads import (
     CompletionsBusyError,
     ResultFileError,
@@ -67,6 +70,7 @@ __all__ = [
     "BuiltinModelError",
     "ChatTemplateRefusedError",
     "CheckpointDamagedError",
+    "CheckpointInUseError",
     "CompletionsBusyError",
     "DatasetFormatError",
     "DatasetInUseError",
@@ -75,6 +79,7 @@ __all__ = [
     "DatasetTooSmallError",
     "DatasetUnusableError",
     "FencedError",
+    "FilesDamagedError",
     "GenerateBusyError",
     "GenerateFailedError",
     "GenerateMemoryError",
@@ -83,6 +88,7 @@ __all__ = [
     "IdempotencyKeyInFlightError",
     "IdempotencyKeyReusedError",
     "JobStateConflictError",
+    "JobUnfinishedError",
     "MemoryCapExceedsDeviceError",
     "ModelInUseError",
     "ModelInvalidError",
@@ -93,8 +99,10 @@ __all__ = [
     "PromptTooLongError",
     "ResultFileError",
     "ServiceError",
+    "StorageDeniedError",
     "StorageFullError",
     "StorageQuotaExceededError",
+    "StorageUnavailableError",
     "TokenizerFailedError",
     "TokenizerInUseError",
     "TokenizerInvalidError",

@@ -16,6 +16,21 @@ class JobStateConflictError(ServiceError):
         super().__init__(f"Cannot {action} a job that is {state_text}.", job=job_id, job_status=state)
 
 
+class JobUnfinishedError(ServiceError):
+    """Only a job that is over can be deleted."""
+
+    status = 409
+    code = "job_unfinished"
+
+    def __init__(self, job_id: str, state: str) -> None:
+        super().__init__(
+            f"The job is {state}; only a job that has succeeded, failed or been cancelled can be deleted.",
+            job=job_id,
+            job_status=state,
+            hint="cancel it (POST /jobs/{id}/cancel), and delete it when it is over",
+        )
+
+
 class IdempotencyKeyInFlightError(ServiceError):
     """A request with the same key is being worked on; what it will be answered is not known yet."""
 
@@ -76,6 +91,20 @@ class TooManyJobsError(ServiceError):
             unfinished_jobs=jobs,
             max_jobs=limit,
         )
+
+
+class CheckpointInUseError(ServiceError):
+    """The checkpoint is its job's output, or what a job that is not over goes on from."""
+
+    status = 409
+    code = "checkpoint_in_use"
+
+    def __init__(self, job_id: str, step: int, model: str | None = None) -> None:
+        if model is None:
+            what, hint = "what its job goes on from", "wait for a later checkpoint, or cancel the job"
+        else:
+            what, hint = f"the output of its job, {model}", "delete the model (DELETE /models/{id}): it goes with it"
+        super().__init__(f"The checkpoint of step {step} is {what}.", job=job_id, step=step, model=model, hint=hint)
 
 
 class CheckpointDamagedError(ServiceError):

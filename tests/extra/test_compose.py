@@ -42,6 +42,16 @@ def test_it_is_valid_with_and_without_the_gpu() -> None:
     assert "secret1@postgres" in plain.stdout
 
 
+def test_it_is_valid_with_the_proxy_which_must_know_its_name() -> None:
+    files = ("-f", "docker-compose.yml", "-f", "docker-compose.tls.yml")
+    passwords = {"POSTGRES_PASSWORD": "secret1", "REDIS_PASSWORD": "secret2", "SLIMTUNE_ACME_EMAIL": "a@example.com"}
+    refused = config(*files, **passwords)
+    assert "set SLIMTUNE_DOMAIN" in refused.stderr
+    found = config(*files, **passwords, SLIMTUNE_DOMAIN="slimtune.example.com")
+    assert found.returncode == 0, found.stderr
+    assert "caddy:2" in found.stdout
+
+
 @pytest.mark.parametrize("missing", ["POSTGRES_PASSWORD", "REDIS_PASSWORD"])
 def test_it_refuses_to_start_without_a_password(missing: str) -> None:
     passwords = {"POSTGRES_PASSWORD": "secret1", "REDIS_PASSWORD": "secret2"}

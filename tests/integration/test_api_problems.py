@@ -17,7 +17,8 @@ from api import readiness
 from api.app import create_app
 from api.errors import service_problem
 from api.problem_examples import ERRORS
-from service import calibrations
+from service import calibrations, schema
+from service import version as versions
 from service.database import transaction
 from service.errors import DatasetInUseError, ModelInvalidError, TokenizerFailedError, TokenizerInvalidError
 from service.settings import Settings
@@ -101,7 +102,7 @@ def test_an_error_is_short_whatever_it_is_about() -> None:
         TokenizerFailedError("tok_1", {"code": "a", "message": long, "hint": "b", "problems": [long] * 100}),
         DatasetInUseError("ds_1", many, many),
     ):
-        answer = service_problem({"type": "http"}, error)
+        answer = service_problem({"type": "http", "path": "/jobs"}, error)
         assert len(answer.body) < 8_192
         assert json.loads(bytes(answer.body))["detail"].count("\U0001f600") <= 200
     assert json.loads(bytes(answer.body))["jobs"] == many[: len(json.loads(bytes(answer.body))["jobs"])]
@@ -109,7 +110,9 @@ def test_an_error_is_short_whatever_it_is_about() -> None:
 
 def test_no_text_of_ours_is_cut() -> None:
     assert [
-        error.code for error in ERRORS if '..."' in bytes(service_problem({}, error, log=False).body).decode()
+        error.code
+        for error in ERRORS
+        if '..."' in bytes(service_problem({"path": "/jobs"}, error, log=False).body).decode()
     ] == []
 
 
@@ -184,7 +187,34 @@ def test_without_the_database_the_answer_is_a_503(settings: Settings) -> None:
         assert check_problem(answer)["code"] == "database_unavailable"
         assert answer.headers["retry-after"]
         assert client.get("/healthz").status_code == 200
-        assert client.get("/readyz").json()["checks"] == {"database": False, "broker": True, "worker": False}
+        assert client.get("/readyz").json()["checks"] == checks_but("database", "schema", "worker")
+
+
+def test_a_schema_that_is_too_old_is_not_ready_and_a_newer_one_is(settings: Settings, bind: Engine) -> None:
+    def look() -> tuple[int, bool, dict[str, Any]]:
+        with TestClient(create_app(settings.model_copy(update={"revision": "abc"}))) as client:
+            answer, version = client.get("/readyz"), client.get("/version").json()
+        assert (version["version"], version["revision"]) == (versions.version(), "abc")
+        return answer.status_code, answer.json()["checks"]["schema"], version["schema"]
+
+    def migrated_to(revision: str) -> None:
+        with transaction(bind) as session:
+            session.execute(text("UPDATE alembic_version SET version_num = :revision"), {"revision": revision})
+
+    with transaction(bind) as session:
+        calibrations.store(session, "cpu", "worker-1", {"threads": 2})
+    assert look() == (200, True, {"expected": schema.REVISION, "found": schema.REVISION})
+    migrated_to("0011")
+    assert look() == (503, False, {"expected": schema.REVISION, "found": "0011"})
+    migrated_to("9999")
+    assert look()[:2] == (200, True)
+    with transaction(bind) as session:
+        session.execute(text("DROP TABLE alembic_version"))
+    assert look() == (503, False, {"expected": schema.REVISION, "found": None})
+
+
+def checks_but(*missing: str) -> dict[str, bool]:
+    return {name: name not in missing for name in ("database", "schema", "broker", "worker")}
 
 
 def test_every_request_has_its_own_id(shared_client: TestClient) -> None:
@@ -200,7 +230,10 @@ def test_ready_means_that_a_job_can_run(
     now = [1_000.0]
     monkeypatch.setattr(readiness, "monotonic", lambda: now[0])
     answer = client.get("/readyz")
-    assert (answer.status_code, answer.json()["checks"]) == (503, {"database": True, "broker": True, "worker": False})
+    assert (answer.status_code, answer.json()["checks"]) == (
+        503,
+        checks_but("worker"),
+    )
     with transaction(bind) as session:
         calibrations.store(session, "cpu", "worker-1", {"threads": 2})
     now[0] += readiness.REMEMBER_SECONDS
@@ -210,13 +243,13 @@ def test_ready_means_that_a_job_can_run(
     assert (answer.status_code, answer.json()["status"]) == (200, "ok")
     away = settings.model_copy(update={"redis_url": "redis+socket:///nowhere/redis.sock"})
     with TestClient(create_app(away), base_url="http://127.0.0.1") as other:
-        assert other.get("/readyz").json()["checks"] == {"database": True, "broker": False, "worker": True}
+        assert other.get("/readyz").json()["checks"] == checks_but("broker")
 
 
 def test_an_empty_database_is_not_ready(empty_database_url: str, settings: Settings) -> None:
     unmigrated = settings.model_copy(update={"database_url": empty_database_url})
     with TestClient(create_app(unmigrated), base_url="http://127.0.0.1") as client:
-        assert client.get("/readyz").json()["checks"] == {"database": False, "broker": True, "worker": False}
+        assert client.get("/readyz").json()["checks"] == checks_but("schema", "worker")
 
 
 def test_an_unreadable_calibration_does_not_stop_planning(client: TestClient, bind: Engine) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +12,10 @@ import alembic.command
 import pytest
 import sqlalchemy
 from alembic.config import Config
+from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, inspect
 
+from service import schema
 from service.models import Base
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,6 +86,13 @@ def test_the_history_of_calibrations_comes_and_goes(empty: Engine, empty_databas
 
 def test_the_migrated_schema_is_the_orms(database_url: str) -> None:
     alembic.command.check(config(database_url))
+
+
+def test_the_code_knows_the_newest_migration(database_url: str) -> None:
+    """`service.schema.REVISION` goes up with each: /readyz compares it with what is in the database."""
+    script = ScriptDirectory.from_config(config(database_url))
+    assert script.get_heads() == [schema.REVISION]
+    assert all(re.fullmatch(r"\d{4}", revision.revision) for revision in script.walk_revisions())
 
 
 def test_the_check_constraints_are_the_orms(database_url: str, empty: Engine) -> None:

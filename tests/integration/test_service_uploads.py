@@ -97,7 +97,7 @@ def test_where_no_commit_was_begun_nothing_is_kept(bind: Engine, storage: Storag
 
 def begin(bind: Engine, storage: Storage, dataset: str) -> AbstractContextManager[Session]:
     """What has put the file in its place and waits before its row."""
-    path = storage.path(f"datasets/{dataset}/data.txt")
+    path = f"datasets/{dataset}/data.txt"
     with storage.upload(100) as upload:
         recording = uploads.recorded(bind, storage, f"datasets/{dataset}", lambda: upload.commit(path), 1, "default")
         recording.__enter__()

@@ -8,11 +8,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from sqlalchemy import func, update
 
 from service import database, queue, runs
+from service.models import Job
 from service.storage import Storage
 from tests.integration.stage import DatabaseProxy, Stage, open_stage, wait_for
 from worker import sweeper
@@ -29,6 +32,11 @@ def stage(database_url: str, redis_url: str, tmp_path: Path) -> Iterator[Stage]:
 def claim(stage: Stage, job_id: str, lease_seconds: float) -> None:
     with database.transaction(stage.bind) as session:
         assert runs.claim(session, job_id, "a worker that is gone", lease_seconds) is not None
+
+
+def has_job(stage: Stage, job_id: str) -> bool:
+    with database.transaction(stage.bind) as session:
+        return session.get(Job, job_id) is not None
 
 
 def sweep(stage: Stage, redis_url: str | None = None) -> list[str]:
@@ -107,11 +115,16 @@ def test_the_process_outlives_its_servers_and_ends_at_once(database_url: str, re
         parts = storage.make_folder("parts/upload_of_nobody")
         for doubt in storage.path("doubtful").iterdir():
             os.utime(doubt, (time.time() - 4_000,) * 2)
-        stage.overrides["DATABASE_URL"] = proxy.url
+        old = stage.create_job()
+        stage.request(old, "cancel")
+        with database.transaction(stage.bind) as session:
+            session.execute(update(Job).values(finished_at=func.now() - timedelta(days=2)))
+        stage.overrides |= {"DATABASE_URL": proxy.url, "SLIMTUNE_KEEP_JOBS_DAYS": "1"}
         process = stage.start("sweeper", SWEEPER)
         wait_for("a clean tmp folder", lambda: not stale.exists())
         wait_for("no files without a row", lambda: not nobodys.exists())
         wait_for("no parts without an upload", lambda: not parts.exists())
+        wait_for("no job that has had its time", lambda: not has_job(stage, old))
 
         proxy.refuse()
         job_id = stage.create_job()

@@ -115,13 +115,11 @@ def send(bind: Engine, allowed: Allowed) -> int:
 
 
 def pass_time(bind: Engine) -> None:
-    """Until everything that waits is due, and every sender's time is over."""
+    """Until everything that waits is due, the oldest first, and every sender's time is over."""
+    waiting = update(WebhookDelivery).where(WebhookDelivery.status == "pending")
     with transaction(bind) as session:
-        session.execute(update(WebhookDelivery).where(WebhookDelivery.status == "pending").values(next_attempt_at=NOW))
+        session.execute(waiting.values(next_attempt_at=WebhookDelivery.created_at))
         session.execute(update(Webhook).values(busy_until=None))
-
-
-NOW = text("clock_timestamp()")
 
 
 def fail(bind: Engine, job_id: str) -> None:

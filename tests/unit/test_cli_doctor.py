@@ -15,9 +15,11 @@ from typer.testing import CliRunner
 from cli import doctor
 from cli.doctor import Finding, examine
 from cli.main import app
+from cli.version import version
 from tests.unit.scripted_service import Script
 
 DEVICE = {"id": "cpu-1", "live": True}
+RELEASE = {"version": "0", "revision": None, "api": "1.0", "schema": {"expected": "0015", "found": "0015"}}
 
 
 def found(script: Script, home: Path) -> dict[str, Finding]:
@@ -25,7 +27,8 @@ def found(script: Script, home: Path) -> dict[str, Finding]:
 
 
 def ready(script: Script, **missing: bool) -> None:
-    checks = {"database": True, "broker": True, "worker": True} | missing
+    checks = {"database": True, "schema": True, "broker": True, "worker": True} | missing
+    script.json("/version", {**RELEASE, "version": version()})
     script.json("/readyz", {"status": "ok", "checks": checks}, 200 if all(checks.values()) else 503)
     script.json("/devices", {"data": [DEVICE], "has_more": False})
 
@@ -44,6 +47,16 @@ def test_what_the_service_misses_and_where_to_look(script: Script, tmp_path: Pat
     finding = found(script, tmp_path)[f"{script.url} has no {part}"]
     assert finding.level == "wrong"
     assert finding.mend.endswith(".log")
+
+
+def test_a_schema_of_before_another_version_and_a_store_that_is_away(script: Script, tmp_path: Path) -> None:
+    ready(script, schema=False, storage=False)
+    script.json("/version", {**RELEASE, "schema": {"expected": "0015", "found": "0011"}})
+    findings = found(script, tmp_path)
+    behind = findings[f"the database of {script.url} is not migrated: it has schema 0011, 0015 is needed"]
+    assert (behind.level, behind.mend) == ("wrong", "run: slimtune migrate")
+    assert findings[f"{script.url} has version 0, this command {version()}"].level == "warning"
+    assert "SLIMTUNE_STORAGE_URL" in findings[f"{script.url} cannot reach its object store"].mend
 
 
 def test_a_key_that_is_needed_and_a_worker_that_is_gone(script: Script, tmp_path: Path) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
+
+from cli.main import app
+from service.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVICES = {"postgres", "redis", "migrate", "api", "sweeper", "webhooks", "worker", "worker-gpu"}
+PROGRAMS = ("migrate", "api", "sweeper", "webhooks")
 WITHOUT_HEALTH_CHECK = {"migrate", "sweeper", "webhooks"}
 """One ends, the others serve nothing."""
 
@@ -113,3 +119,49 @@ def test_what_the_images_need_is_let_into_the_build() -> None:
     packages = {"api", "service", "slim_core", "worker", "migrations"}
     assert packages | {"alembic.ini", "pyproject.toml", "requirements.lock"} <= allowed
     assert not {name for name in allowed if not (ROOT / name).exists()} - {"README.md"}
+
+
+@pytest.fixture(scope="module")
+def tls() -> dict[str, Any]:
+    document: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.tls.yml").read_text())
+    return document
+
+
+def test_the_proxy_is_all_that_the_second_file_adds(tls: dict[str, Any]) -> None:
+    assert set(tls["services"]) == {"api", "proxy"}
+    assert tls["services"]["api"] == {"environment": {"FORWARDED_ALLOW_IPS": "*"}}
+    proxy = tls["services"]["proxy"]
+    assert proxy["read_only"]
+    assert (proxy["cap_drop"], proxy["cap_add"]) == (["ALL"], ["NET_BIND_SERVICE"])
+    assert proxy["networks"] == ["default"]  # it sees the API, not the database
+    named = {mount.split(":")[0] for mount in proxy["volumes"] if not mount.startswith("./")}
+    assert named == set(tls["volumes"])
+    variables = set(re.findall(r"\{\$(\w+)", (ROOT / "Caddyfile").read_text()))
+    assert variables == set(proxy["environment"])
+    assert "reverse_proxy api:8000" in (ROOT / "Caddyfile").read_text()
+
+
+def test_nothing_fills_the_disk_or_the_memory(compose: dict[str, Any], tls: dict[str, Any]) -> None:
+    for name, service in {**compose["services"], "proxy": tls["services"]["proxy"]}.items():
+        assert service["logging"]["options"] == {"max-size": "10m", "max-file": "5"}, name
+        if name not in ("worker", "worker-gpu"):  # jobs have caps
+            assert service["deploy"]["resources"]["limits"]["memory"], name
+
+
+def test_what_our_containers_run_is_a_command_of_ours(compose: dict[str, Any], stages: dict[str, str]) -> None:
+    commands = [service["command"] for name, service in compose["services"].items() if name in PROGRAMS]
+    commands += [
+        json.loads(re.findall(r"^CMD (.*)$", text, flags=re.MULTILINE)[-1]) for text in list(stages.values())[1:]
+    ]
+    assert len(commands) == len(PROGRAMS) + 2
+    for command in commands:
+        assert command[:3] == ["python", "-m", "cli.main"]
+        assert CliRunner().invoke(app, [*command[3:], "--help"]).exit_code == 0, command
+
+
+def test_what_is_kept_for_how_long_reaches_who_deletes(compose: dict[str, Any]) -> None:
+    for name in ("sweeper", "api", "worker"):
+        environment = compose["services"][name]["environment"]
+        assert {each for each in environment if each.startswith("SLIMTUNE_KEEP_")} == {
+            f"SLIMTUNE_{field.upper()}" for field in Settings.model_fields if field.startswith("keep_")
+        }

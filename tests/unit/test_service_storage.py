@@ -31,7 +31,7 @@ def test_a_committed_upload_is_whole_and_hashed(storage: Storage) -> None:
         upload.write(b"one ")
         upload.write(b"two")
         assert upload.sha256 == hashlib.sha256(b"one two").hexdigest()
-        upload.commit(storage.path("datasets/a/data.txt"))
+        upload.commit("datasets/a/data.txt")
     assert files_below(storage) == ["datasets/a/data.txt"]
     assert storage.path("datasets/a/data.txt").read_bytes() == b"one two"
 
@@ -50,7 +50,7 @@ def test_a_commit_syncs_the_bytes_before_the_name_and_then_the_name(
     monkeypatch.setattr(os, "fsync", record)
     with storage.upload(100) as upload:
         upload.write(b"text")
-        upload.commit(destination)
+        upload.commit("datasets/a/data.txt")
     assert synced == [("upload", False), ("a", True), ("datase", True)]
 
 
@@ -69,7 +69,7 @@ def test_a_full_disk_has_its_own_error_and_leaves_nothing(storage: Storage, size
         upload._file.close()
         upload._file = Path("/dev/full").open("wb")  # the kernel's ENOSPC
         upload.write(b"x" * size)
-        upload.commit(storage.path("datasets/a/data.txt"))
+        upload.commit("datasets/a/data.txt")
     assert files_below(storage) == []
 
 
@@ -159,7 +159,7 @@ def test_a_folder_appears_with_all_its_files_or_not_at_all(storage: Storage, mon
             upload.begin(name, 50)
             upload.write(name.encode() * 3)
         assert [file["bytes"] for file in upload.files] == [3, 3]
-        upload.commit(storage.path("models/m"))
+        upload.commit("models/m")
     assert synced == ["a", "b", "upload", "models", storage.root.name[:6]]
     assert files_below(storage) == ["models/m/a", "models/m/b"]
     assert upload.files[1]["sha256"] == hashlib.sha256(b"bbb").hexdigest()

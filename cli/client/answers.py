@@ -96,7 +96,7 @@ class Certificate(TypedDict):
     gradient_check: GradientCheck | None
 
 
-class Job(TypedDict):
+class JobData(TypedDict):
     id: str
     name: str | None
     status: str
@@ -151,6 +151,7 @@ class Checkpoint(TypedDict):
 
 
 class Sample(TypedDict):
+    text: str
     finish_reason: str
     tokens: int
     prompt_tokens: int
@@ -165,3 +166,15 @@ class Device(TypedDict):
     bytes_in_use: int
     jobs_running: int
     live: bool
+
+
+class Schema(TypedDict):
+    expected: str
+    found: str | None
+
+
+class Release(TypedDict):
+    version: str
+    revision: str | None
+    api: str
+    schema: Schema
