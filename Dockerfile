@@ -16,7 +16,8 @@ RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin slimtune \
 WORKDIR /app
 # The dependencies are a layer of their own: they change less often than the code.
 COPY pyproject.toml requirements.lock ./
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+print(*project['dependencies'], *project['optional-dependencies']['traces'], sep='\n')" \
       > /tmp/requirements.txt \
  && pip install --quiet -r /tmp/requirements.txt -c requirements.lock \
  && rm /tmp/requirements.txt

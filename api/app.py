@@ -41,9 +41,10 @@ from api.routes import (
 )
 from api.sampler import Slots
 from api.shutdown import before_the_server_stops
+from api.tracing import Traces
 from api.waker import Waker
 from api.web import router as web_router
-from service import database, logs, queue
+from service import database, logs, queue, tracing
 from service.settings import Settings, load_settings
 from service.storage import open_storage
 from service.version import version
@@ -108,6 +109,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(BodyLimit, streaming=STREAMING)
     app.add_middleware(Access, authenticator=authenticator)
     app.add_middleware(RequestContext, numbers=context.numbers)
+    if tracing.start(settings, "slimtune-api"):
+        app.add_middleware(Traces)
     # Paths are tried in this order: what is asked most often first.
     others = (plans, generate, datasets, tokenizers, models, artifacts, webhooks, devices)
     for resource in (jobs, checkpoints, health, *others):
@@ -137,3 +140,4 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     context.event_hub.close()
     context.engine.dispose()
     context.producer.close()
+    await run_in_threadpool(tracing.stop)

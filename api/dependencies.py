@@ -21,7 +21,7 @@ from api.prometheus import RequestNumbers
 from api.readiness import Readiness
 from api.sampler import Slots
 from api.waker import Waker
-from service import database, quotas
+from service import database, quotas, tracing
 from service.settings import Settings
 from service.storage import Storage
 
@@ -84,7 +84,8 @@ async def get_session(
             transaction.__exit__, type(error), error, error.__traceback__, limiter=CapacityLimiter(1)
         )
         raise
-    await to_thread.run_sync(transaction.__exit__, None, None, None, limiter=CapacityLimiter(1))
+    with tracing.span("commit"):
+        await to_thread.run_sync(transaction.__exit__, None, None, None, limiter=CapacityLimiter(1))
 
 
 def check_room(

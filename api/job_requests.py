@@ -13,7 +13,7 @@ from starlette.responses import Response
 from api import workload
 from api.dependencies import Context
 from api.schemas import JobRequest, ResumeRequest
-from service import idempotency, jobs
+from service import idempotency, jobs, tracing
 from service.models import Job
 
 REPLAYED = "Idempotency-Replayed"
@@ -100,20 +100,24 @@ def create(
 
 
 def _new_job(session: Session, request: JobRequest, context: Context, request_id: str) -> Job:
-    planned = workload.resolve(session, request, context.storage)
-    return jobs.create(
-        session,
-        spec=request.model_dump(mode="json"),
-        train=planned.train.to_json(),
-        model_config=planned.model.to_json(),
-        plan=planned.plan.to_json(),
-        memory_cap_bytes=request.memory_cap,
-        dataset_id=request.dataset,
-        validation_dataset_id=request.validation_dataset,
-        base_model_id=planned.base_model_id,
-        tokenizer=planned.tokenizer,
-        request_id=request_id,
-    )
+    with tracing.span("plan"):
+        planned = workload.resolve(session, request, context.storage)
+    with tracing.span("create job") as span:
+        job = jobs.create(
+            session,
+            spec=request.model_dump(mode="json"),
+            train=planned.train.to_json(),
+            model_config=planned.model.to_json(),
+            plan=planned.plan.to_json(),
+            memory_cap_bytes=request.memory_cap,
+            dataset_id=request.dataset,
+            validation_dataset_id=request.validation_dataset,
+            base_model_id=planned.base_model_id,
+            tokenizer=planned.tokenizer,
+            request_id=request_id,
+        )
+        span.set({"slimtune.job.id": job.id})
+    return job
 
 
 def resume(

@@ -125,7 +125,7 @@ def _running(running: list[RunningJob]) -> Iterator[Metric]:
         "slimtune_job_time_over_predicted": ("Measured over planned time of a step.", "time_over_predicted"),
     }
     for name, (meaning, field) in numbers.items():
-        family = GaugeMetricFamily(name, f"{meaning} Of jobs that run now.", labels=("job", "device"))
+        family = GaugeMetricFamily(name, f"{meaning} Of jobs that run now.", labels=("job_id", "device"))
         for job in running:
             if (value := getattr(job, field)) is not None:
                 family.add_metric((job.id, job.device), float(value))

@@ -109,10 +109,10 @@ def _events(pages: Iterable[list[Row[Any]]], job: Job) -> Iterator[bytes]:
         written = []
         for row in rows:
             values = {name: value for name in SCALARS if (value := getattr(row, name)) is not None}
-            # Where the step before is not known, neither is how many tokens this one had.
-            if row.tokens is not None and row.step_seconds and row.step == step + 1:
-                values["tokens_per_second"] = (row.tokens - tokens) / row.step_seconds
-            if row.tokens is not None:
+            if row.tokens is not None and row.step > step:
+                # Where rows have been thinned out, the mean of the steps since the last one.
+                if row.step_seconds:
+                    values["tokens_per_second"] = (row.tokens - tokens) / (row.step - step) / row.step_seconds
                 step, tokens = row.step, row.tokens
             written.append(tensorboard_events.scalars(row.created_at.timestamp(), row.step, values))
         yield b"".join(written)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from datetime import datetime
 from typing import Any, cast
 
 from sqlalchemy import ColumnElement, Table, bindparam, func, select
@@ -51,6 +52,12 @@ def store(session: Session, device: str, worker: str, data: dict[str, Any]) -> i
     session.add(record)
     session.flush()
     return record.version
+
+
+def measured_at(session: Session) -> datetime | None:
+    """When the current calibration was kept; None if there is none yet."""
+    newest = _newest(session)
+    return None if newest is None else newest.created_at
 
 
 def of_machine(session: Session, machine: str, younger_than_seconds: float) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from typing import Any, cast
 from sqlalchemy import ARRAY, Engine, Row, Table, Text, bindparam, func, insert, select, update
 from sqlalchemy.orm import Session, defer
 
-from service import base_models, database, datasets, events, quotas, tokenizations, tokenizers
+from service import base_models, database, datasets, events, quotas, tokenizations, tokenizers, tracing
 from service.errors import JobStateConflictError, NotFoundError
 from service.ids import is_id, new_id
 from service.models import Job
@@ -40,10 +40,10 @@ def create(
 ) -> Job:
     """A new queued job with its first events, the first of which names the request that asked for it.
 
-    `name`, `model` and `metadata` come from `spec`. The tokens of its datasets are made by the preparer, unless the
-    trainer is first. It belongs to the session's tenant, unless `tenant` names one. Raises NotFoundError if a dataset,
-    the base model or the tokenizer is gone: their rows stay locked against deletion until the transaction ends. Raises
-    TooManyJobsError, StorageQuotaExceededError.
+    `name`, `model` and `metadata` come from `spec`. The attempts at it will be part of the trace that this is in. The
+    tokens of its datasets are made by the preparer, unless the trainer is first. It belongs to the session's tenant,
+    unless `tenant` names one. Raises NotFoundError if a dataset, the base model or the tokenizer is gone: their rows
+    stay locked against deletion until the transaction ends. Raises TooManyJobsError, StorageQuotaExceededError.
     """
     quotas.admit_job(session)
     for identifier in filter(None, (dataset_id, validation_dataset_id)):
@@ -73,6 +73,7 @@ def create(
         "tokenizer_key": tokenizer.key,
         "tokenizer_path": tokenizer.path,
         "tokenizer_id": tokenizer.name if is_id("tok", tokenizer.name) else None,
+        "trace": tracing.traceparent(),
     }
     job = session.scalars(_NEW, [values]).one()
     queued = {} if request_id is None else {"request_id": request_id}

@@ -66,6 +66,8 @@ class ClaimedJob:
     """Of this attempt alone."""
     names: dict[str, Any]
     """For the card of its checkpoints (slim_core.origin.Names)."""
+    trace: str | None = None
+    """W3C traceparent of the request that made it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +136,7 @@ def claim(
         tokenizer_path=job.tokenizer_path,
         checkpoints_dir=storage.attempt_dir(job.id, job.attempt),
         names=_names(job),
+        trace=job.trace,
     )
 
 

@@ -29,6 +29,27 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def split_address(address: str) -> tuple[str, int]:
+    """Host, without its brackets, and port of `127.0.0.1:9101` or `[::1]:9101`. Raises ValueError."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdecimal() or not port.isascii() or int(port) > 65_535:
+        raise ValueError(f"{address!r} is not host:port")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise ValueError(f"{address!r} is not host:port; an IPv6 address stands in brackets")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _is_private(host: str) -> bool:
+    """Whether only this machine or a private network can reach the address. A name may mean any."""
+    if is_loopback(host):
+        return True
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return False
+    return address.is_private and not address.is_unspecified
+
+
 class DatabaseSettings(BaseSettings):
     """What a migration needs."""
 
@@ -79,6 +100,11 @@ class Settings(DatabaseSettings):
     metrics_token: SecretStr | None = None
     """What Prometheus sends for /metrics, as a bearer token. None, or empty: only this machine may ask, and nobody
     where keys are required."""
+    otel_endpoint: str | None = Field(default=None, validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT")
+    """Where traces go; None, or empty: there are none. The SDK reads the other variables of its own."""
+    worker_metrics_address: str | None = None
+    """`host:port` at which a worker serves its own numbers; None, or empty: nowhere. A token is asked for if there is
+    one, and must be where others than a private network can ask."""
     max_upload_bytes: int = Field(default=2 * 1024**3, ge=1)
     """Largest dataset file that the API takes."""
     max_model_bytes: int = Field(default=16 * 1024**3, ge=1)
@@ -157,6 +183,19 @@ class Settings(DatabaseSettings):
             raise ValueError("must be s3://bucket/prefix or file:///folder")
         return url or None
 
+    @field_validator("otel_endpoint")
+    @classmethod
+    def _empty_is_no_endpoint(cls, endpoint: str | None) -> str | None:
+        return endpoint or None
+
+    @field_validator("worker_metrics_address")
+    @classmethod
+    def _is_an_address(cls, address: str | None) -> str | None:
+        if not address:
+            return None
+        split_address(address)
+        return address
+
     @field_validator("webhook_allowed")
     @classmethod
     def _can_be_compared(cls, text: str) -> str:
@@ -166,6 +205,17 @@ class Settings(DatabaseSettings):
     @property
     def keys_required(self) -> bool:
         return self.authentication == "keys" or (self.authentication is None and not is_loopback(self.host))
+
+    @model_validator(mode="after")
+    def _a_token_guards_what_others_can_reach(self) -> Self:
+        if self.worker_metrics_address is not None and self.metrics_token is None:
+            host, _ = split_address(self.worker_metrics_address)
+            if not _is_private(host):
+                raise ValueError(
+                    f"SLIMTUNE_WORKER_METRICS_ADDRESS: {host} can be reached by others; set SLIMTUNE_METRICS_TOKEN, or "
+                    "name a loopback or private address"
+                )
+        return self
 
     @model_validator(mode="after")
     def _leases_outlast_what_renews_them(self) -> Self:

@@ -8,13 +8,16 @@ import signal
 from typing import Any
 
 from celery import signals
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
 
-from service import database, logs
+from service import calibrations, database, logs
 from service.queue import celery_app
 from service.settings import load_settings
 from worker import device
 from worker.calibrator import calibrate
 from worker.environment import SPIN_COUNT
+from worker.exposition import Exposition
 from worker.preparer import Preparer
 
 app = celery_app(
@@ -30,6 +33,9 @@ _controllers: list[Any] = []
 
 _preparers: list[Preparer] = []
 """The preparer of this process, while there is one."""
+
+_expositions: list[Exposition] = []
+"""Of the numbers of this worker, while it serves them."""
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +67,11 @@ def announce_device(sender: str, **_: Any) -> None:
     bind = database.engine(settings)
     device.announce(bind, found, sender)
     device.keep_announcing(bind, found, sender)
+    if settings.worker_metrics_address is not None:
+        try:
+            _expositions[:] = [Exposition(settings, found)]
+        except OSError as error:  # jobs run without it
+            logger.error("no numbers at %s: %s", settings.worker_metrics_address, error)  # noqa: TRY400  # no trace
 
 
 @signals.celeryd_after_setup.connect  # type: ignore[untyped-decorator]
@@ -70,8 +81,20 @@ def calibrate_once(sender: str, **_: Any) -> None:
     bind = database.engine(settings)
     try:
         calibrate(bind, settings, sender)
+        _expose_calibration(bind)
     finally:
         bind.dispose()
+
+
+def _expose_calibration(bind: Engine) -> None:
+    try:
+        with database.reading(bind) as session:
+            measured_at = calibrations.measured_at(session)
+    except SQLAlchemyError as error:
+        logger.warning("the age of the calibration is not known: %s", str(error).splitlines()[0])
+        return
+    for exposition in _expositions:
+        exposition.machine.calibrated_at = None if measured_at is None else measured_at.timestamp()
 
 
 @signals.worker_ready.connect  # type: ignore[untyped-decorator]
@@ -93,6 +116,8 @@ def stop_preparer(**_: Any) -> None:
 def await_preparer(**_: Any) -> None:
     for preparer in _preparers:
         preparer.join()
+    for exposition in _expositions:
+        exposition.close()
 
 
 @signals.worker_shutting_down.connect  # type: ignore[untyped-decorator]

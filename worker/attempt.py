@@ -19,6 +19,7 @@ from service.runs import ClaimedJob
 from service.settings import Settings
 from service.status import Desired, JobStatus
 from service.storage import checkpoints_dir, open_storage, stderr_path
+from service.tracing import Span
 from slim_core.data.tokens import NO_SPACE_ERRORS
 from worker import outcome
 from worker.environment import trainer_environment
@@ -26,10 +27,12 @@ from worker.lease import LeaseLostError, Watchdog
 from worker.ledger import RETRY_SECONDS, Event, Ledger
 from worker.memory_watch import MemoryWatch
 from worker.messages import Checkpoint, Data, Device, Done, Failure, Matching, ProtocolError, Started, parse
+from worker.numbers import AttemptNumbers
 from worker.outcome import MEMORY_CODE, Ending
 from worker.process import TrainerProcess, tail
 from worker.publisher import publisher_for
 from worker.resume import damage
+from worker.spans import AttemptSpans
 from worker.stop import StopRequest
 
 POLL_SECONDS = 0.25
@@ -58,6 +61,7 @@ class Attempt:
         command: Sequence[str],
         slot: int,
         stop: StopRequest,
+        span: Span,
     ) -> None:
         self._job = job
         self._settings = settings
@@ -69,6 +73,8 @@ class Attempt:
         self._held = ExitStack()
         """What this host must keep of stored files meanwhile."""
         self._ledger = Ledger(bind, self._publisher, job, settings)
+        self._numbers = AttemptNumbers(job.plan)
+        self._spans = AttemptSpans(span)
         self._log_path = self._storage.path(stderr_path(job.id, job.attempt))
         self._done: Done | None = None
         self._failure: Failure | None = None
@@ -98,6 +104,7 @@ class Attempt:
                 return self._conclude(self._broken(error))
         except (FencedError, LeaseLostError) as error:
             logger.warning("the attempt ends, and writes nothing more: %s", error)
+            self._noted_end("lost")
             return False
 
     def _train_or_say_why_not(self) -> Ending:
@@ -294,7 +301,10 @@ class Attempt:
         self._collect()
 
     def _take(self, line: bytes, memory: MemoryWatch) -> None:
-        match parse(line):
+        message = parse(line)
+        self._numbers.note(message)
+        self._spans.note(message)
+        match message:
             case Device(name):
                 if name != "cpu":  # the cap is one of the device's memory, and its allocator keeps it
                     memory.stop()
@@ -349,4 +359,9 @@ class Attempt:
                 raise LeaseLostError("its end could not be written")
             time.sleep(RETRY_SECONDS)
         logger.info("the attempt ends, the job is %s", status[0])
+        self._noted_end(status[0])
         return status == [JobStatus.QUEUED.value]
+
+    def _noted_end(self, status: str) -> None:
+        self._numbers.end(status)
+        self._spans.end(status)

@@ -21,6 +21,7 @@ from service.settings import Settings
 from service.status import Desired
 from worker.lease import Lease, LeaseLostError, now
 from worker.messages import Checkpoint, Evaluation, GradientCheck, Metric, Probed
+from worker.numbers import HEARTBEAT_FAILURES
 from worker.publisher import Publisher
 
 METRICS_SECONDS = 1.0
@@ -198,6 +199,7 @@ class Ledger:
         return []
 
     def _log_outage(self, error: SQLAlchemyError) -> None:
+        HEARTBEAT_FAILURES.inc()
         logger.warning("the database does not answer: %s", str(error).splitlines()[0])
 
     def _remove(self, folders: list[str]) -> None:

@@ -38,7 +38,7 @@ class ProcessTree:
         self._readings += 1
         if newest != self._newest or self._readings % _READINGS_OF_A_LIST == 0:
             self._newest = newest
-            self._members = _descendants(self._pid)
+            self._members = descendants(self._pid)
         return sum(map(private_bytes, self._members))
 
     def kill(self) -> None:
@@ -90,7 +90,7 @@ def private_bytes(pid: int) -> int:
     return int(rest.split(None, 1)[0]) * 1024 if found else 0  # a zombie has no such line
 
 
-def _descendants(root: int) -> set[int]:
+def descendants(root: int) -> set[int]:
     """`root` and all processes that descend from it."""
     children: dict[int, list[int]] = {}
     with os.scandir("/proc") as entries:

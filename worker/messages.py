@@ -95,6 +95,8 @@ class Evaluation:
 
     step: int
     loss: float
+    seconds: float | None = None
+    """That it took."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,8 @@ class Checkpoint:
     name: str
     files: list[dict[str, Any]]
     validation_loss: float | None
+    seconds: float | None = None
+    """That it took to write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +204,8 @@ def _checkpoint(fields: dict[str, Any]) -> Checkpoint:
     files = [_file(entry) for entry in fields["files"]]
     if not files:
         raise ValueError("a checkpoint without files")
-    return Checkpoint(step, fields["name"], files, _optional_number(fields.get("validation_loss")))
+    loss, seconds = _optional_number(fields.get("validation_loss")), _optional_number(fields.get("seconds"))
+    return Checkpoint(step, fields["name"], files, loss, seconds)
 
 
 def _file(entry: dict[str, Any]) -> dict[str, Any]:
@@ -233,7 +238,9 @@ _PARSERS: dict[str, Callable[[dict[str, Any]], Message]] = {
     ),
     "matching": _matching,
     "metric": _metric,
-    "evaluation": lambda fields: Evaluation(_integer(fields["step"]), _number(fields["loss"])),
+    "evaluation": lambda fields: Evaluation(
+        _integer(fields["step"]), _number(fields["loss"]), _optional_number(fields.get("seconds"))
+    ),
     "checkpoint": _checkpoint,
     "done": lambda fields: Done(_integer(fields["step"]), str(fields["reason"])),
     "error": _failure,

@@ -26,6 +26,11 @@ def device_id(kind: str) -> str:
     return f"{kind}-{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
 
 
+def locks_dir(data_dir: Path) -> Path:
+    """Where the locks lie."""
+    return data_dir / "locks"
+
+
 class Slot:
     """A slot that this process holds."""
 
@@ -81,7 +86,7 @@ def whole_device(data_dir: Path, device: str, *, slots: int) -> Iterator[bool]:
 
 @contextmanager
 def _locked(data_dir: Path, device: str, index: int) -> Iterator[Slot | None]:
-    folder = data_dir / "locks"
+    folder = locks_dir(data_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{device}.{index}.lock"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

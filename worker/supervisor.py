@@ -11,15 +11,19 @@ from collections.abc import Sequence
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from service import claims, database, jobs, logs, queue
+from service import claims, database, jobs, logs, queue, tracing
 from service.runs import ClaimedJob
 from service.settings import Settings
+from worker import spans
 from worker.attempt import Attempt
 from worker.ledger import is_outage
 from worker.slot import WAIT_SECONDS, Slot, device_id, device_slot
 from worker.stop import StopRequest
 
 TRAINER_COMMAND = (sys.executable, "-m", "worker.start")
+
+FLUSH_SECONDS = 1.0
+"""For the spans of an attempt: an idle pool process may be ended at any time, and takes with it what is not sent."""
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +46,7 @@ def supervise(
     """
     bind = database.engine(settings)
     device = device_id(settings.device_kind)
+    tracing.start(settings, "slimtune-worker")
     logger.info("woken for %s", job_id)
     try:
         with (
@@ -56,12 +61,16 @@ def supervise(
             job = None if stop.requested else _claim(bind, settings, device, slot)
             if job is None:
                 return
-            with logs.bound(job_id=job.id, attempt=job.attempt):
+            with (
+                logs.bound(job_id=job.id, attempt=job.attempt),
+                tracing.span("attempt", kind="consumer", parent=job.trace, attributes=spans.of_job(job)) as span,
+            ):
                 logger.info("the attempt begins")
-                attempt = Attempt(job, bind, settings, command=command, slot=slot.descriptor, stop=stop)
+                attempt = Attempt(job, bind, settings, command=command, slot=slot.descriptor, stop=stop, span=span)
                 _let_others_look(bind, settings)  # after that: the attempt counts its lease from the line above
                 attempt.run()
         _let_others_look(bind, settings)
+        tracing.flush(FLUSH_SECONDS)
     except OSError as error:
         # No slot can be taken, or what would run in it cannot be noted: the job waits for a later message or sweep.
         logger.warning("nothing started, the locks in the data directory cannot be written: %s", error)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import signal
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -134,11 +135,14 @@ def _train(run: TrainingRun, reporter: Reporter, meter: MemoryMeter, spec: dict[
     check_cap()
     reporter.send("probed", peak_bytes=peak)
     reason = ""
+    began = time.perf_counter()
     for report in run.reports():
+        seconds = time.perf_counter() - began  # that what is reported took: a checkpoint, an evaluation, ...
         check_cap()
-        reporter.send(_MESSAGE_TYPES[type(report)], **dataclasses.asdict(report))
+        reporter.send(_MESSAGE_TYPES[type(report)], **dataclasses.asdict(report), seconds=seconds)
         if isinstance(report, Done):
             reason = report.reason
+        began = time.perf_counter()
     if reason != "stopped":
         _check_gradient(run, reporter, meter, Plan.from_json(spec["plan"]))
     return EXIT_STOPPED if reason == "stopped" else EXIT_DONE

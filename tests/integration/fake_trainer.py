@@ -130,7 +130,7 @@ class FakeTrainer:
             {"name": file, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             for file, data in contents.items()
         ]
-        self.say("checkpoint", step=self.step, name=name, files=files, validation_loss=validation_loss)
+        self.say("checkpoint", step=self.step, name=name, files=files, validation_loss=validation_loss, seconds=0.3)
 
     def run(self) -> int:
         # Held as long as this process lives: whoever finds it taken runs beside another trainer of the job.

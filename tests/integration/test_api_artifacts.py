@@ -8,12 +8,12 @@ import struct
 from collections.abc import Iterator
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, delete
 from starlette.testclient import TestClient
 
 from service import artifacts, runs
 from service.database import transaction
-from service.models import Job
+from service.models import Job, Metric
 from service.tensorboard_events import crc32c, masked
 from tests.integration.seed import claim, metric
 
@@ -66,10 +66,13 @@ def test_what_there_is_of_a_running_job_and_of_one_that_goes_over_steps_again(
     events = list(records(client.get(f"/jobs/{job.id}/artifacts/{name}").content))
     assert [b"loss\x15" in event for event in events] == [False, False, True, True, True, False]
     assert [b"validation_loss" in event for event in events] == [False, False, True, False, False, False]
-    # 128 tokens in 0.25 seconds, each step.
+    # 128 tokens in 0.25 seconds, each step; also where rows have been thinned out.
     rate = b"tokens_per_second\x15" + struct.pack("<f", 512.0)
     assert [rate in event for event in events] == [False, False, False, True, True, True]
     assert b"memory_cap_bytes" in events[1]
+    with transaction(bind) as session:
+        session.execute(delete(Metric).where(Metric.step.in_((1, 2))))
+    assert rate in list(records(client.get(f"/jobs/{job.id}/artifacts/{name}").content))[-1]
     with transaction(bind) as session:
         runs.finish(session, job.id, 2, "failed", error={"code": "diverged"})
     assert client.get(f"/jobs/{job.id}/artifacts").json()["data"][0]["complete"]

@@ -42,7 +42,7 @@ def test_jobs_queue_attempts_and_runs_of_all_tenants(client: TestClient, bind: E
     assert 0 < found["slimtune_queue_oldest_seconds[]"] < 3_600
     assert found["slimtune_leases_overdue[]"] == 0
     assert found["slimtune_preparations_unfinished[kind=tokenization]"] == 1
-    mine = f"[device=,job={other.id}]"
+    mine = f"[device=,job_id={other.id}]"
     assert found[f"slimtune_job_step_seconds{mine}"] == 0.25
     assert found[f"slimtune_job_tokens_per_second{mine}"] == 128 / 0.25
     assert found[f"slimtune_job_peak_bytes{mine}"] == 300_000_002
@@ -67,10 +67,10 @@ def test_requests_are_counted_by_their_route(client: TestClient, job: Job) -> No
         ("none", None, None, 200),
         ("keys", None, None, 401),  # whoever asks may come through a proxy on this machine
         ("keys", "", "", 401),
-        ("none", "secret", None, 401),
-        ("keys", "secret", "other", 401),
-        ("none", "secret", "secret", 200),
-        ("keys", "secret", "secret", 200),
+        ("none", "numbers-token", None, 401),
+        ("keys", "numbers-token", "other", 401),
+        ("none", "numbers-token", "numbers-token", 200),
+        ("keys", "numbers-token", "numbers-token", 200),
     ],
 )
 def test_the_numbers_are_the_operators(
@@ -85,7 +85,7 @@ def test_the_numbers_are_the_operators(
         assert (answer.status_code, "slimtune_jobs" in answer.text) == (status, status == 200)
         if token is None:
             assert client.get("/metrics", headers={"Host": "slimtune.example"}).status_code == 401
-    assert "secret" not in repr(changed)
+    assert "numbers-token" not in repr(changed)
 
 
 def test_attempts_given_back_are_counted_by_their_own_index(bind: Engine, job: Job) -> None:
