@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from api.dependencies import ContextDep, SessionDep
 from api.downloads import Download
-from api.problems import documented
+from api.problems import STORAGE_ERRORS, documented
 from api.responses import CheckpointResponse, Page
 from service import checkpoints, jobs
 
@@ -38,7 +38,9 @@ def get(job_id: str, step: Which, session: SessionDep) -> CheckpointResponse:
     summary="Download a file of a checkpoint",
     response_class=Response,
     responses={
-        **documented("400 range_malformed", *MISSING, "404 file_not_found", 416, "500 checkpoint_damaged"),
+        **documented(
+            "400 range_malformed", *MISSING, "404 file_not_found", 416, "500 checkpoint_damaged", *STORAGE_ERRORS
+        ),
         200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
         206: {"description": "The part that `Range` asked for."},
     },

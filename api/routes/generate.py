@@ -15,7 +15,7 @@ from api import sampler, sse
 from api.dependencies import ContextDep, SessionDep
 from api.errors import InvalidRequestError
 from api.generation import GENERATE_EXAMPLES, GenerateRequest, GenerateResponse
-from api.problems import documented
+from api.problems import STORAGE_ERRORS, documented
 from api.samples import Sample
 from service import checkpoints, jobs
 from service.errors import CheckpointDamagedError, FilesDamagedError, GenerateUnavailableError, NotFoundError
@@ -45,6 +45,7 @@ STREAM: dict[int | str, dict[str, Any]] = {200: {"content": sse.DOCUMENTED}}
         501,
         "503 generate_timeout",
         "503 database_unavailable",
+        *STORAGE_ERRORS,
     )
     | STREAM,
 )
