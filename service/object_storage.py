@@ -112,9 +112,21 @@ class ObjectStorage(Storage):
     def publish(self, relative: str, patience: Patience = NONE, records: Sequence[FileRecord] | None = None) -> None:
         path = self.path(relative)
         if patience.run(lambda: self._manifest_of(relative)) is None:
-            self._send(path, relative, _records(path, patience) if records is None else records, patience)
+            self.store(path, relative, records, patience)
         self._cache.record(relative, sum(each.stat().st_size for each in _files(path)))
         self._cache.make_room()
+
+    def store(
+        self, path: Path, relative: str, records: Sequence[FileRecord] | None = None, patience: Patience = NONE
+    ) -> None:
+        """Send a file or folder that lies anywhere, its manifest last. Raises StorageUnavailableError, OSError."""
+        if records is None:
+            records = _records(path, patience)
+        manifest = Manifest(_FILE if path.is_file() else _FOLDER, tuple(dict(record) for record in records))
+        for key, record in manifest.keys(relative):
+            source = path if manifest.kind == _FILE else path / record["name"]
+            patience.run(lambda key=key, source=source: self._store.put_file(key, source, patience.beat))  # type: ignore[misc]
+        patience.run(lambda: self._store.create(_manifest_key(relative), manifest.to_json()))
 
     def stat(self, relative: str) -> os.stat_result:
         self.path(relative)
@@ -191,17 +203,10 @@ class ObjectStorage(Storage):
         self._cache.make_room()
 
     def _place_file(self, temporary: Path, relative: str, record: FileRecord) -> None:
-        self._send(temporary, relative, [record], NONE)
+        self.store(temporary, relative, [record])
 
     def _place_folder(self, temporary: Path, relative: str, records: Sequence[FileRecord]) -> None:
-        self._send(temporary, relative, records, NONE)
-
-    def _send(self, path: Path, relative: str, records: Sequence[FileRecord], patience: Patience) -> None:
-        manifest = Manifest(_FILE if path.is_file() else _FOLDER, tuple(dict(record) for record in records))
-        for key, record in manifest.keys(relative):
-            source = path if manifest.kind == _FILE else path / record["name"]
-            patience.run(lambda key=key, source=source: self._store.put_file(key, source, patience.beat))  # type: ignore[misc]
-        patience.run(lambda: self._store.create(_manifest_key(relative), manifest.to_json()))
+        self.store(temporary, relative, records)
 
     def _download(self, relative: str, manifest: Manifest, temporary: Path, patience: Patience) -> int:
         """Raises FilesDamagedError where a file is not what the manifest says."""

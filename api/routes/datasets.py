@@ -137,4 +137,4 @@ def delete(dataset_id: str, session: SessionDep, context: ContextDep, background
     """With its tokens. Refused while a job that is not finished reads it, or a tokenizer is trained on it."""
     folder = datasets.delete(session, dataset_id)
     uploads.leave(context.storage, folder)
-    background.add_task(context.storage.remove, folder)
+    background.add_task(uploads.remove_left, context.storage, folder)

@@ -104,4 +104,4 @@ def delete(model_id: str, session: SessionDep, context: ContextDep, background: 
         raise BuiltinModelError(model_id)
     folder = base_models.delete(session, model_id)
     uploads.leave(context.storage, folder)
-    background.add_task(context.storage.remove, folder)
+    background.add_task(uploads.remove_left, context.storage, folder)

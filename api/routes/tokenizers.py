@@ -125,7 +125,7 @@ def delete(tokenizer_id: str, session: SessionDep, context: ContextDep, backgrou
     """Refused while a job that is not finished, or a dataset that is being prepared, needs it."""
     folder = tokenizers.delete(session, tokenizer_id)
     uploads.leave(context.storage, folder)
-    background.add_task(context.storage.remove, folder)
+    background.add_task(uploads.remove_left, context.storage, folder)
 
 
 def _train(context: Context, caller: Caller, wanted: TrainTokenizerRequest) -> TokenizerResponse:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from sqlalchemy import Engine, text
 from starlette.testclient import TestClient
 
 from api.app import create_app
-from service import runs, uploads
+from service import runs, storage_program, uploads
 from service.database import transaction
 from service.errors import StorageDeniedError, StorageUnavailableError
 from service.object_store import ObjectStore
@@ -164,6 +166,35 @@ def test_what_a_preparer_makes_is_everybodys(stage: Stage) -> None:
         session.execute(text("UPDATE tokenizations SET status = 'pending', retry_at = NULL"))
     assert Preparer(stage.bind, stage.settings, "w").step()  # finds it made
     assert not (stage.settings.data_dir / "datasets" / dataset.id / "data.txt").exists()
+
+
+def test_a_data_folder_is_copied_with_what_its_rows_name(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = Storage(tmp_path / "old")
+    dataset, gone = (add_dataset(stage.bind, old).id for _ in range(2))
+    old.remove(f"datasets/{gone}")
+    assert Preparer(
+        stage.bind, stage.settings.model_copy(update={"storage_url": None, "data_dir": old.root}), "w"
+    ).step()
+    claimed = claim(stage.bind, stage.create_job())
+    with transaction(stage.bind) as session:
+        add_checkpoint(session, old, claimed, 5, None)
+    old.make_folder("datasets/ds_of_nobody")
+    monkeypatch.setattr(storage_program, "load_settings", lambda: stage.settings)
+    answers = []
+    for _ in range(2):
+        assert storage_program.main(["--from", str(old.root)]) == 1  # some are missing: of the stage's own dataset, too
+        answers.append(json.loads(capsys.readouterr().out))
+    assert [(answer["copied"], answer["already_there"]) for answer in answers] == [(3, 0), (0, 3)]
+    assert f"datasets/{gone}/data.txt" in answers[0]["missing"]
+    new = open_storage(stage.settings)
+    with ExitStack() as held:
+        for path in (
+            f"datasets/{dataset}/tokens-bytes/meta.json",
+            f"{claimed.checkpoints_dir}/step-00000005/config.json",
+        ):
+            assert new.hold(path, held).read_bytes() == old.path(path).read_bytes()
 
 
 @pytest.fixture

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from obstore import exceptions
 from obstore.store import LocalStore
 
-from service import object_storage, object_store
+from service import object_storage, object_store, patience
 from service.errors import FilesDamagedError, StorageDeniedError, StorageUnavailableError
 from service.object_storage import ObjectStorage
 from service.object_store import ObjectStore
 from service.patience import Patience
+from worker.messages import Checkpoint
+from worker.publisher import RemotePublisher
 
 STEP = "jobs/job_1/checkpoints/attempt-0001/step-00000001"
 FILES = {"model.safetensors": b"weights" * 1000, "adapter/config.json": b"{}"}
@@ -89,6 +93,30 @@ def test_a_stream_begins_anywhere(host: Callable[..., ObjectStorage]) -> None:
         return b"".join([block async for block in storage.stream("datasets/ds_1/data.txt")(7)])
 
     assert asyncio.run(tail()) == b"789"
+
+
+def test_a_stream_that_breaks_off_goes_on(host: Callable[..., ObjectStorage], monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = host("a")
+    upload(storage, "datasets/ds_1/data.txt", b"0123456789")
+    opened: list[int] = []
+
+    class Broken:
+        async def stream(self, **_: int) -> AsyncIterator[bytes]:
+            yield b"01234567"[opened[-1] : opened[-1] + 3]
+            raise exceptions.GenericError("broken off")
+
+    async def get(_backend: Any, _key: str, options: dict[str, Any]) -> Broken:
+        opened.append(options["range"]["offset"])
+        return Broken()
+
+    monkeypatch.setattr(object_store.obstore, "get_async", get)
+
+    async def first(count: int) -> bytes:
+        blocks = storage.stream("datasets/ds_1/data.txt")(0)
+        return b"".join([await anext(blocks) for _ in range(count)])
+
+    assert asyncio.run(first(2)) == b"012345"
+    assert opened == [0, 3]
 
 
 @contextmanager
@@ -278,7 +306,8 @@ def test_a_large_file_goes_in_parts_and_beats(
     assert hold(host("b"), STEP).joinpath("model.safetensors").read_bytes() == data
 
 
-def test_patience_tries_again_and_ends() -> None:
+def test_patience_tries_again_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "FIRST_PAUSE_SECONDS", 0.01)
     failures = [StorageUnavailableError("a"), StorageDeniedError("b")]
     told: list[str] = []
 
@@ -287,9 +316,66 @@ def test_patience_tries_again_and_ends() -> None:
             raise failures.pop(0)
         return "done"
 
-    patience = Patience(60.0, trouble=lambda error: told.append(error.code))
-    assert patience.run(call) == "done"
+    patient = Patience(60.0, trouble=lambda error: told.append(error.code))
+    assert patient.run(call) == "done"
     assert told == ["storage_unavailable", "storage_denied"]
     failures.append(StorageUnavailableError("c"))
     with pytest.raises(StorageUnavailableError):
         Patience(0.0).run(call)
+
+
+def test_a_full_disk_gives_up_what_nobody_reads(
+    host: Callable[..., ObjectStorage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = host("a"), host("b")
+    names = [f"datasets/ds_{number}/data.txt" for number in range(3)]
+    for name in names:
+        upload(a, name, b"text")
+    real = ObjectStore.blocks
+
+    def blocks(self: ObjectStore, key: str) -> Iterator[bytes]:
+        if b.path(names[1]).exists():
+            raise OSError(errno.ENOSPC, "full")
+        return real(self, key)
+
+    with ExitStack() as held:
+        b.hold(names[0], held)
+        hold(b, names[1])
+        monkeypatch.setattr(ObjectStore, "blocks", blocks)
+        hold(b, names[2])
+        assert [b.path(name).exists() for name in names] == [True, False, True]
+
+
+def checkpoint(step: int, validation_loss: float) -> Checkpoint:
+    return Checkpoint(step, f"step-{step:08d}", [{"name": "a", "bytes": 1, "sha256": "0" * 64}], validation_loss)
+
+
+def test_checkpoints_that_wait_do_not_fill_the_disk(
+    host: Callable[..., ObjectStorage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, away = host("a"), threading.Event()
+    monkeypatch.setattr(patience, "FIRST_PAUSE_SECONDS", 0.01)
+    real = ObjectStore.put_file
+
+    def put_file(self: ObjectStore, key: str, *arguments: Any) -> None:
+        if not away.is_set():
+            raise StorageUnavailableError("away")
+        real(self, key, *arguments)
+
+    monkeypatch.setattr(ObjectStore, "put_file", put_file)
+    publisher = RemotePublisher(storage, 60.0)
+    losses = {1: 5.0, 2: 1.0, 3: 5.0, 4: 5.0, 5: 5.0, 6: 5.0, 7: 5.0}
+    for step, loss in losses.items():
+        write(storage, f"{STEP[:-1]}{step}", {"a": b"x"})
+        publisher.submit(checkpoint(step, loss), f"{STEP[:-1]}{step}")
+        while step == 1 and not publisher.troubles():  # it is being sent
+            assert publisher.is_busy
+    assert [storage.path(f"{STEP[:-1]}{step}").exists() for step in losses] == [
+        step in (1, 2, 5, 6, 7) for step in losses
+    ]
+    away.set()
+    published: list[int] = []
+    while publisher.is_busy:
+        published += [each.step for each in publisher.published()]
+    publisher.close()
+    assert published == [1, 2, 5, 6, 7]

@@ -22,3 +22,11 @@ def test_a_lease_that_may_pass_to_another_while_the_run_goes_on_is_refused(
             self_kill_seconds=self_kill,
             lease_seconds=lease,
         )
+
+
+@pytest.mark.parametrize(
+    "url", ["bucket", "s3://", "gs://bucket", "https://host/bucket", "file://host/folder", "file:///"]
+)
+def test_a_place_for_files_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(ValidationError, match="must be s3://bucket/prefix"):
+        Settings(database_url="postgresql://", redis_url="redis://", data_dir=Path("/nowhere"), storage_url=url)
