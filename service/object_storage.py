@@ -98,9 +98,7 @@ class ObjectStorage(Storage):
             manifest = patience.run(lambda: self._manifest_for(relative))
             return self._download(relative, manifest, temporary, patience)
 
-        path = self._cache.hold(relative, held, bring, patience)
-        self.tidy()
-        return path
+        return self._cache.hold(relative, held, bring, patience)
 
     def drop_copy(self, relative: str) -> None:
         self._cache.remove(relative)

@@ -83,8 +83,10 @@ def generate(
 def _hold(files: Storage, folder: str, step: int, held: ExitStack) -> Path:
     """Raises NotFoundError, CheckpointDamagedError, StorageUnavailableError."""
     try:
-        return files.hold(folder, held)
+        path = files.hold(folder, held)
+        files.tidy()
     except FileNotFoundError as error:
         raise NotFoundError("checkpoint", str(step)) from error
     except FilesDamagedError as error:
         raise CheckpointDamagedError(str(error)) from error
+    return path

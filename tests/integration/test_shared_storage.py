@@ -121,6 +121,7 @@ def test_a_cancel_does_not_wait_for_the_store(stage: Stage, monkeypatch: pytest.
     cancelling.start()
     assert stage.run(job_id).status == "cancelled"
     cancelling.join()
+    assert stage.events(job_id, "trainer_failed") == []
 
 
 def test_a_damaged_copy_is_fetched_anew_and_a_damaged_object_passed_over(stage: Stage, tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ import errno
 import hashlib
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import obstore
 import pytest
 from obstore import exceptions
 from obstore.store import LocalStore
@@ -20,6 +22,7 @@ from service.errors import FilesDamagedError, StorageDeniedError, StorageUnavail
 from service.object_storage import ObjectStorage
 from service.object_store import ObjectStore
 from service.patience import Patience
+from service.storage_cache import Cache
 from worker.messages import Checkpoint
 from worker.publisher import RemotePublisher
 
@@ -109,7 +112,7 @@ def test_a_stream_that_breaks_off_goes_on(host: Callable[..., ObjectStorage], mo
         opened.append(options["range"]["offset"])
         return Broken()
 
-    monkeypatch.setattr(object_store.obstore, "get_async", get)
+    monkeypatch.setattr(obstore, "get_async", get)
 
     async def first(count: int) -> bytes:
         blocks = storage.stream("datasets/ds_1/data.txt")(0)
@@ -213,6 +216,33 @@ def test_two_who_want_the_same_fetch_it_once(
     assert fetched == ["datasets/ds_1/data.txt"]
 
 
+def test_two_who_find_nothing_at_the_same_moment_fetch_it_once(
+    host: Callable[..., ObjectStorage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(host("a"), "datasets/ds_1/data.txt", b"text")
+    fetched: list[str] = []
+    real_blocks, real_lock, both = ObjectStore.blocks, Cache._lock, threading.Barrier(2, timeout=10)
+    looked = threading.local()
+
+    def blocks(self: ObjectStore, key: str) -> Iterator[bytes]:
+        fetched.append(key)
+        return real_blocks(self, key)
+
+    def lock(self: Cache, *arguments: Any) -> Any:
+        found = real_lock(self, *arguments)
+        if not getattr(looked, "once", False):
+            looked.once = True
+            both.wait()
+        return found
+
+    monkeypatch.setattr(ObjectStore, "blocks", blocks)
+    monkeypatch.setattr(Cache, "_lock", lock)
+    with ThreadPoolExecutor(2) as threads:
+        for path in threads.map(lambda _: hold(host("b"), "datasets/ds_1/data.txt"), range(2)):
+            assert path.read_bytes() == b"text"
+    assert fetched == ["datasets/ds_1/data.txt"]
+
+
 def test_the_least_recently_used_goes_unless_somebody_reads_it(host: Callable[..., ObjectStorage]) -> None:
     a, b = host("a"), host("b", cache_bytes=250)
     names = [f"datasets/ds_{number}/data.txt" for number in range(4)]
@@ -302,7 +332,7 @@ def test_a_large_file_goes_in_parts_and_beats(
 
     records = [{"name": "model.safetensors", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}]
     storage.publish(STEP, Patience(beat=beat), records)
-    assert beats >= 3
+    assert beats >= 6  # each of three requests, and each of three parts
     assert hold(host("b"), STEP).joinpath("model.safetensors").read_bytes() == data
 
 
