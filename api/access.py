@@ -8,7 +8,7 @@ from __future__ import annotations
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api import local_only
+from api import local_only, web
 from api.authentication import Authenticator
 from api.callers import Caller
 from api.errors import DATABASE_AWAY, RateLimitedError, database_problem, service_problem
@@ -36,7 +36,7 @@ class Access:
         if scope["type"] == "websocket":  # there are none
             await send({"type": "websocket.close", "code": 1008})
             return
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or scope["path"].startswith(web.OPEN):
             await self._app(scope, receive, send)
             return
         try:

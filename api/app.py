@@ -29,6 +29,7 @@ from api.routes import checkpoints, datasets, devices, generate, health, jobs, m
 from api.sampler import Slots
 from api.shutdown import before_the_server_stops
 from api.waker import Waker
+from api.web import router as web_router
 from service import database, logs, queue
 from service.settings import Settings, load_settings
 from service.storage import open_storage
@@ -77,19 +78,21 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         numbers=RequestNumbers(),
         readiness=Readiness(engine, producer, files),
     )
+    authenticator = Authenticator(engine) if settings.keys_required else None
     app = FastAPI(
         title="slimtune", version="0.1.0", description=DESCRIPTION, redirect_slashes=False, lifespan=_lifespan
     )
     app.state.context = context
+    app.state.authenticator = authenticator
     errors.install(app)
     app.add_middleware(BodyLimit, streaming=STREAMING)
-    authenticator = Authenticator(context.engine) if settings.keys_required else None
     app.add_middleware(Access, authenticator=authenticator)
     app.add_middleware(RequestContext, numbers=context.numbers)
     # Paths are tried in this order: what is asked most often first.
     for resource in (jobs, checkpoints, health, plans, generate, datasets, tokenizers, models, webhooks, devices):
         app.include_router(resource.router)
     app.include_router(openai.router)
+    app.include_router(web_router.router)
     app.openapi = lambda: document(app, settings.keys_required)  # type: ignore[method-assign]  # FastAPI's documented way
     if own_process:
         # What exists by now stays, hundreds of thousands of objects: to look through them for garbage, every few

@@ -20,10 +20,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
+from api import browsers
 from api.callers import Caller
-from api.errors import RateLimitedError, UnauthorizedError
+from api.errors import CsrfError, RateLimitedError, UnauthorizedError
 from api.rates import Rates
-from service import database, keys
+from service import database, keys, web_sessions
 
 REMEMBER_SECONDS = 3.0
 """How long a key stays valid for a process that has seen it, whatever becomes of it."""
@@ -60,18 +61,32 @@ class Authenticator:
         """For those of addresses that got too many wrong: they hold no other address up."""
 
     async def caller(self, scope: Scope) -> Caller:
-        """Who has the request's key. Raises UnauthorizedError, RateLimitedError, SQLAlchemyError."""
-        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        """Who has the request's key, or the key of its session. Raises UnauthorizedError, CsrfError, RateLimitedError,
+        SQLAlchemyError."""
+        headers = Headers(scope=scope)
+        scheme, _, key = headers.get("authorization", "").partition(" ")
         if not key:
-            raise UnauthorizedError
-        sha256 = keys.digest(key.strip(" "))
+            token = browsers.session_token(headers)
+            if token is None:
+                raise UnauthorizedError
+            if not browsers.is_own(scope, headers, token):
+                raise CsrfError
+            return await self.owner(scope, token)
+        if scheme.lower() != "bearer":
+            raise self._failure(_peer(scope))
+        return await self.owner(scope, key.strip(" "))
+
+    async def owner(self, scope: Scope, secret: str) -> Caller:
+        """Who has this key, or the session with this token. Raises UnauthorizedError, RateLimitedError,
+        SQLAlchemyError."""
+        sha256 = keys.digest(secret)
         known = self._known.get(sha256)
-        if known is not None and scheme.lower() == "bearer":
+        if known is not None:
             if monotonic() - known.checked_at > REMEMBER_SECONDS:
                 await self._check_again(sha256, known)
             return known.caller
         peer = _peer(scope)
-        if scheme.lower() != "bearer" or not keys.is_key(key.strip(" ")):
+        if not (keys.is_key(secret) or web_sessions.is_token(secret)):
             raise self._failure(peer)
         suspect = not self._failures.has_turn(peer, FAILURES_PER_MINUTE)
         caller = await self._look_up_once(sha256, self._after_failures if suspect else self._first_time)
@@ -99,6 +114,10 @@ class Authenticator:
     async def note(self, key_id: str) -> None:
         """For `last_used_at`, after the answer: it is not worth waiting for."""
         await to_thread.run_sync(self._note, key_id, limiter=self._threads)
+
+    def forget(self, token: str) -> None:
+        """At once, in this process: the session is over."""
+        self._known.pop(keys.digest(token), None)
 
     async def _check_again(self, sha256: str, known: _Known) -> None:
         """Of requests that come meanwhile none waits: what was true a moment ago is for them."""
@@ -132,7 +151,7 @@ class Authenticator:
 
     def _find(self, sha256: str) -> Caller | None:
         with database.transaction(self._engine) as session:
-            known = keys.find(session, sha256)
+            known = keys.find(session, sha256) or web_sessions.find(session, sha256)
         return None if known is None else Caller(known.tenant, known.key_id, known.limits)
 
     def _note(self, key_id: str) -> None:

@@ -135,6 +135,19 @@ class CrossSiteError(ServiceError):
         super().__init__("A page of another site may not change anything here.")
 
 
+class CsrfError(ServiceError):
+    """A session's cookie came without what only the session's own pages have."""
+
+    status = 403
+    code = "csrf_token_missing"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "A session of the dashboard changes things from its own pages only. Reload the page; programs send an API "
+            "key as `Authorization: Bearer`."
+        )
+
+
 class RateLimitedError(ServiceError):
     """More requests than are allowed in a minute."""
 

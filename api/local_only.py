@@ -27,11 +27,11 @@ def check(scope: Scope) -> None:
             raise KeysRequiredError("the Host header names neither localhost nor a loopback address")
     if any(name in headers for name in _FORWARDED):
         raise KeysRequiredError("this request came through a proxy, which may serve others")
-    if scope["method"] not in _READING and _from_another_site(headers):
+    if scope["method"] not in _READING and from_another_site(headers):
         raise CrossSiteError
 
 
-def _from_another_site(headers: Headers) -> bool:
+def from_another_site(headers: Headers) -> bool:
     """By what browsers say and pages cannot forge. Another port of this machine is another site's too."""
     if headers.get("sec-fetch-site", "none") not in {"none", "same-origin"}:
         return True

@@ -62,6 +62,7 @@ def _complete(method: str, path: str, operation: dict[str, Any]) -> None:
         document_problem(responses, str(status), status)
     if path not in OPEN_PATHS and method in WITH_BODY:
         document_problem(responses, "403", 403, "cross_site_refused")
+        document_problem(responses, "403", 403, "csrf_token_missing")
     for parameter in operation.get("parameters", ()):
         _without_null(parameter)
 

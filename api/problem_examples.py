@@ -10,6 +10,7 @@ from api.errors import (
     BodyStalledError,
     BodyTooLargeError,
     CrossSiteError,
+    CsrfError,
     HeadTooLargeError,
     InvalidRequestError,
     KeysRequiredError,
@@ -31,7 +32,7 @@ MODEL = "model_01936f0e5c1d7e11a4b3f0c2d8e96a05"
 WEBHOOK = "wh_01936f0e7a1c7b2d8e3f4a5b6c7d8e9f"
 UPLOAD = "upload_01936f0e4a2b7d90a1f3c5b7e9d1f304"
 PART = "part_01936f0e4a9c71e2b4d6f8a0c2e4f607"
-SCOPE = {"state": {"request_id": "req_01936f0e6a9e7d52b6c8e1f3a7d4095b"}}
+SCOPE = {"path": "", "state": {"request_id": "req_01936f0e6a9e7d52b6c8e1f3a7d4095b"}}
 
 _FAILED = preparation_error("preparation_crashed", "The process ended with status 1.")
 
@@ -43,6 +44,7 @@ ERRORS: tuple[ServiceError, ...] = (
     UnauthorizedError(),
     KeysRequiredError("this request came through a proxy, which may serve others"),
     CrossSiteError(),
+    CsrfError(),
     RateLimitedError("This API key allows 600 requests a minute.", 12),
     HeadTooLargeError(65_536),
     MetricsTokenError(),

@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 from starlette.types import Scope
 
+from api import web
+from api.web import problem_page
+
 MEDIA_TYPE = "application/problem+json"
 MAX_SHOWN = 200
 """The longest piece of a client's input in an answer, in characters."""
@@ -70,6 +73,8 @@ def problem_response(
         "error": {"message": detail, "type": kind, "code": code, "param": param},
     }
     body = _short(fields or {}, MAX_PROBLEM_BYTES - len(json.dumps(body))) | body
+    if web.is_page(scope["path"]):
+        return problem_page.response(scope, body, headers)
     return Response(json.dumps(body, allow_nan=False).encode(), status, headers, MEDIA_TYPE)
 
 

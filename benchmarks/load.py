@@ -32,7 +32,7 @@ from benchmarks.load_client import Played, Request, get, play, post
 from benchmarks.load_report import PAGE_ROWS, SUBMISSIONS, blocks, targets
 from benchmarks.load_stage import CORES, Crowd, Service, crowd, explained, nodes, reached, running_service, upload
 from benchmarks.page import fill
-from cli.client import Client, ServiceError
+from cli.client import Client, Job, ServiceError
 from service import database, metrics
 from service.models import Metric
 
@@ -105,18 +105,17 @@ def measured(size: Size, prepare: Callable[[Path], None] = lambda _: None) -> Re
         prepare(home)
         with running_service(home) as service, Client(service.url) as client:
             request = {**JOB, "sequence_length": size.sequence_length, "dataset": upload(client, home)}
-            template = client.create_job({**request, "name": "template"})["id"]
-            client.cancel(template)
+            template = client.jobs.create(**{**request, "name": "template"}).cancel().id
             with service.connect() as connection:
                 others = crowd(connection, template, size.jobs, size.long_steps)
             progress(f"{size.jobs} jobs in the table, {size.long_steps} rows in the longest curve")
             pages = _pages(service, others.long, size)
-            job = client.create_job(request)["id"]
-            reached(client, job, 5)
-            phases = _phases(service, client, _Mix(others, job, request), size)
+            job = client.jobs.create(**request)
+            reached(job, 5)
+            phases = _phases(service, job, _Mix(others, job.id, request), size)
             submissions = _submissions(service, request)
-            training = _training(service, job, phases)
-            client.cancel(job)
+            training = _training(service, job.id, phases)
+            job.cancel()
     return {
         "machine": machine(),
         "cores": CORES,
@@ -169,11 +168,11 @@ class _Mix:
         return get(path.format(id=job))
 
 
-def _phases(service: Service, client: Client, mix: _Mix, size: Size) -> list[Record]:
+def _phases(service: Service, job: Job, mix: _Mix, size: Size) -> list[Record]:
     """The job without load, with it, and without it again."""
     quiet = size.quiet_seconds
     before = _phase(service, "before", lambda: time.sleep(quiet))
-    progress_ = client.job(mix.job)["progress"]
+    progress_ = job.refresh().progress
     requests = mix.requests(size.load_seconds, size.rate, progress_["step"], progress_["step_seconds"] or 1.0)
     during = _phase(service, "during", lambda: play(service.port, requests))
     after = _phase(service, "after", lambda: time.sleep(quiet))
@@ -265,7 +264,7 @@ def _submissions(service: Service, request: dict[str, Any]) -> Record:
             together.wait()
             began = time.perf_counter()
             try:
-                return client.create_job({**request, "name": name})["id"], time.perf_counter() - began
+                return client.jobs.create(**{**request, "name": name}).id, time.perf_counter() - began
             except ServiceError as error:
                 progress(name, error)
                 return None, time.perf_counter() - began
@@ -280,10 +279,9 @@ def _submissions(service: Service, request: dict[str, Any]) -> Record:
     there = Counter(name for _, name, _ in rows)
     answered = [job for job, _ in answers if job is not None]
     with Client(service.url) as client:
-        for job, *_ in rows:
-            client.cancel(job)
+        jobs = [client.jobs.get(job).cancel() for job, *_ in rows]
         deadline = time.monotonic() + 60
-        while (left := sum(client.job(job)["status"] not in ENDED for job, *_ in rows)) and time.monotonic() < deadline:
+        while (left := sum(job.refresh().status not in ENDED for job in jobs)) and time.monotonic() < deadline:
             time.sleep(0.5)
     return {
         "answered": len(answered),

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from sqlalchemy import Engine, event
 from sqlalchemy.orm import Session
 
 from benchmarks.bench_measure import ROOT, Record
-from cli.client import Client
+from cli.client import Client, Job
 
 CORES = 2
 CURVE_STEPS = 200
@@ -148,7 +147,7 @@ def text_file(folder: Path) -> Path:
 
 def upload(client: Client, folder: Path) -> str:
     """A dataset's id."""
-    return client.upload_dataset(text_file(folder))["id"]
+    return client.datasets.upload(text_file(folder))["id"]
 
 
 @dataclass(frozen=True)
@@ -233,10 +232,9 @@ def nodes(plan: Record) -> Iterator[Record]:
         yield from nodes(child)
 
 
-def reached(client: Client, job_id: str, step: int, seconds: float = 120.0) -> None:
-    """Wait until the running job is there. RuntimeError if it ends before, or it takes too long."""
-    deadline = time.monotonic() + seconds
-    while (job := client.job(job_id))["progress"]["step"] < step:
-        if job["status"] not in {"queued", "running"} or time.monotonic() > deadline:
-            raise RuntimeError(f"{job_id} is {job['status']} at step {job['progress']['step']}: {job['error']}")
-        time.sleep(0.2)
+def reached(job: Job, step: int, seconds: float = 120.0) -> None:
+    """Wait until the running job is there. RuntimeError if it ends before, WaitTimeoutError if it takes too long."""
+    for _ in job.follow(0.2, metrics=False, timeout_seconds=seconds):
+        if job.progress["step"] >= step:
+            return
+    raise RuntimeError(f"{job.id} is {job.status} at step {job.progress['step']}: {job.error}")

@@ -14,7 +14,6 @@ import math
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -41,8 +40,7 @@ from benchmarks.packing_simulation import (
     without_reservation,
 )
 from benchmarks.page import Target, at_least, at_most, fill, table, targets_table
-from cli.answers import Job
-from cli.client import Client
+from cli.client import Client, Job
 from cli.up import Options, Stack
 from service import packing
 
@@ -119,7 +117,7 @@ def _summary(runs: Sequence[Run]) -> Record:
 def _targets(simulated: dict[str, list[Record]], real: Record) -> list[Target]:
     ours, passed = simulated["packing"], simulated["without reservation"]
     every = [summary for summaries in simulated.values() for summary in summaries]
-    peaks = [job["measured_peak_bytes"] / job["memory_cap_bytes"] for job in real["together"]]
+    peaks = [job.measured_peak_bytes / job["memory_cap_bytes"] for job in real["together"]]
     starved = min(summary["large_blocked_hours"] for summary in passed)
     return [
         at_least("simulated jobs", sum(summary["jobs"] for summary in ours), "jobs", 5_000),
@@ -151,16 +149,18 @@ def _real_run() -> Record:
         source = home / "topics.txt"
         source.write_text("\n".join(topics.values()))
         with Stack(Options(home / "up", port=0), progress) as stack, Client(stack.url) as client:
-            dataset = client.upload_dataset(source)["id"]
-            requests = [{**JOB, "dataset": dataset, "memory_cap": cap, "name": f"{cap // MIB} MiB"} for cap in CAPS]
-            together = _finished(client, [client.create_job(request) for request in requests])
-            one_by_one = [job for request in requests for job in _finished(client, [client.create_job(request)])]
+            dataset = client.datasets.upload(source)["id"]
+            requests: list[dict[str, Any]] = [
+                {**JOB, "dataset": dataset, "memory_cap": cap, "name": f"{cap // MIB} MiB"} for cap in CAPS
+            ]
+            together = [job.wait() for job in [client.jobs.create(**request) for request in requests]]
+            one_by_one = [client.jobs.create(**request).wait() for request in requests]
             differ = sum(
                 first["loss"] != second["loss"]
                 for a, b in zip(together, one_by_one, strict=True)
-                for first, second in zip(client.metrics(a["id"]), client.metrics(b["id"]), strict=True)
+                for first, second in zip(a.metrics(), b.metrics(), strict=True)
             )
-            rows = [_row(client, job) for job in together], [_row(client, job) for job in one_by_one]
+            rows = [_row(job) for job in together], [_row(job) for job in one_by_one]
     walls = [max(row["ended"] for row in part) - min(row["claimed"] for row in part) for part in rows]
     return {
         "machine": machine(),
@@ -174,23 +174,13 @@ def _real_run() -> Record:
     }
 
 
-def _finished(client: Client, jobs: Sequence[Job]) -> list[Job]:
-    ended = []
-    for job in jobs:
-        while (state := client.job(job["id"]))["status"] in {"queued", "running"}:
-            time.sleep(0.2)
-        assert state["status"] == "succeeded", state["error"]
-        ended.append(state)
-    return ended
-
-
-def _row(client: Client, job: Job) -> Record:
+def _row(job: Job) -> Record:
     """Times are seconds of the database's clock."""
-    times = {event["type"]: _seconds(event["created_at"]) for event in client.events(job["id"])}
-    steps = [metric["step_seconds"] for metric in client.metrics(job["id"])][1:]
+    times = {event["type"]: _seconds(event["created_at"]) for event in job.events()}
+    steps = [metric["step_seconds"] for metric in job.metrics()][1:]
     return {
-        "memory_cap_bytes": job["memory_cap"],
-        "measured_peak_bytes": job["measured_peak_bytes"],
+        "memory_cap_bytes": job.memory_cap_bytes,
+        "measured_peak_bytes": job.measured_peak_bytes,
         "claimed": times["started"],
         "ended": times["succeeded"],
         "step_seconds": statistics.median(seconds for seconds in steps if seconds is not None),

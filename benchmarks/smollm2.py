@@ -19,16 +19,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 from benchmarks.bench_measure import MIB, ROOT, Record, machine, progress
 from benchmarks.page import Target, at_least, at_most, fill, table, targets_table
 from benchmarks.smollm2_figure import draw
-from cli.answers import Job
-from cli.client import Client
+from cli.client import Client, Job
 from cli.up import Options, Stack
 from worker.environment import trainer_environment
 
@@ -108,13 +107,13 @@ def run_job(
 ) -> Record:
     """Upload, plan, train, download into `scratch`/model, sample; through nothing but the REST API."""
     with Stack(Options(scratch / "home", port=0), say) as stack, Client(stack.url, timeout_seconds=120.0) as client:
-        model_id = _upload_model(client, stack.check, say)
+        model_id = _upload_model(client, say)
         documents = scratch / "pydoc.jsonl"
         documents.write_text("".join(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics)))
-        request = {
+        request: dict[str, Any] = {
             "name": "smollm2 on pydoc",
             "model": model_id,
-            "dataset": client.upload_dataset(documents)["id"],
+            "dataset": client.datasets.upload(documents)["id"],
             "validation_fraction": HELD_OUT,
             "evaluate_every": max(1, steps // 4),
             "evaluate_sequences": 4,
@@ -124,26 +123,25 @@ def run_job(
             "optimizer": {"name": "adamw", "learning_rate": 1e-3, "weight_decay": 0.0},
             "schedule": {"name": "cosine", "warmup_steps": min(5, steps)},
         }
-        free = client.plan({**request, "memory_cap": NO_CAP if not client.devices() else _largest(client)})
+        free = client.plans.create(**request, memory_cap=_largest(client))
         cap = choose_cap(free["unchunked_peak_bytes"], free["minimum_cap_bytes"])
         say(f"unchunked {free['unchunked_peak_bytes'] / MIB:.0f} MiB, cap {cap / MIB:.0f} MiB")
-        job = _watched(client, client.create_job({**request, "memory_cap": cap}), stack.check, say)
-        rows = list(client.metrics(job["id"]))
-        (scratch / "model").mkdir()
-        checkpoint = client.checkpoint(job["id"], "final")
-        for file in checkpoint["files"]:
-            client.download(job["id"], "final", file, scratch / "model")
-        samples = {prompt: _sample(client, job["id"], prompt) for prompt in (PROMPT, QUESTION)}
+        job = client.jobs.create(**request, memory_cap=cap)
+        _watch(job, stack.check, say)
+        rows = list(job.metrics())
+        job.download(scratch / "model")
+        files = job.checkpoint("final")["files"]
+        samples = {prompt: _sample(job, prompt) for prompt in (PROMPT, QUESTION)}
     say(samples)
     return {
-        "plan": {name: value for name, value in job["plan"].items() if name != "frontier"},
+        "plan": {name: value for name, value in job.plan.items() if name != "frontier"},
         "cap_bytes": cap,
-        "measured_peak_bytes": job["measured_peak_bytes"],
-        "gradient_check": None if job["certificate"] is None else job["certificate"]["gradient_check"],
+        "measured_peak_bytes": job.measured_peak_bytes,
+        "gradient_check": None if (certificate := job.data["certificate"]) is None else certificate["gradient_check"],
         "step_seconds": statistics.median(row["step_seconds"] for row in rows if row["step_seconds"] is not None),
         "losses": [[row["step"], row["loss"]] for row in rows if row["loss"] is not None],
         "validation": [[row["step"], row["validation_loss"]] for row in rows if row["validation_loss"] is not None],
-        "files": [[file["name"], file["bytes"]] for file in checkpoint["files"]],
+        "files": [[file["name"], file["bytes"]] for file in files],
         "samples": samples,
     }
 
@@ -153,39 +151,30 @@ def choose_cap(unchunked_bytes: int, minimum_bytes: int) -> int:
     return math.ceil(max(unchunked_bytes / EXCEEDED, ABOVE_MINIMUM * minimum_bytes) / (10 * MIB)) * 10 * MIB
 
 
-def _upload_model(client: Client, check: Callable[[], None], say: Callable[..., None]) -> str:
-    model = client.upload_model([model_file()], "SmolLM2-135M-Instruct")
-    while model["status"] == "preparing":
-        check()
-        time.sleep(POLL_SECONDS)
-        model = client.model(model["id"])
-    if model["status"] != "ready":
-        raise RuntimeError(f"the model was refused: {model['error']}")
+def _upload_model(client: Client, say: Callable[..., None]) -> str:
+    model = client.models.upload([model_file()], name="SmolLM2-135M-Instruct")
+    model = client.models.wait(model["id"])
     say(f"{model['id']}: {model['num_parameters']:,} parameters, layout {model['layout']}")
     return model["id"]
 
 
 def _largest(client: Client) -> int:
-    return max(device["memory_bytes"] for device in client.devices())
+    return max((device["memory_bytes"] for device in client.devices.list()), default=NO_CAP)
 
 
-def _watched(client: Client, job: Job, check: Callable[[], None], say: Callable[..., None]) -> Job:
+def _watch(job: Job, check: Callable[[], None], say: Callable[..., None]) -> None:
     seen = -1
-    while job["status"] in ("queued", "running"):
+    for _ in job.follow(POLL_SECONDS, metrics=False):
         check()
-        if (step := job["progress"]["step"]) != seen:
+        if (step := job.progress["step"]) != seen:
             seen = step
-            say(job["status"], f"step {step}", f"loss {job['progress']['loss']}", f"peak {job['measured_peak_bytes']}")
-        time.sleep(POLL_SECONDS)
-        job = client.job(job["id"])
-    if job["status"] != "succeeded":
-        raise RuntimeError(f"{job['id']} {job['status']}: {job['error']}")
-    return job
+            say(job.status, f"step {step}", f"loss {job.progress['loss']}", f"peak {job.measured_peak_bytes}")
+    if job.status != "succeeded":
+        raise RuntimeError(f"{job.id} {job.status}: {job.error}")
 
 
-def _sample(client: Client, job_id: str, prompt: str) -> str:
-    request = {"prompt": prompt, "max_tokens": 40, "temperature": 0.0, "checkpoint": "final"}
-    return prompt + "".join(piece for piece in client.generate(job_id, request) if isinstance(piece, str))
+def _sample(job: Job, prompt: str) -> str:
+    return prompt + job.generate(prompt, max_tokens=40, temperature=0.0, checkpoint="final")["text"]
 
 
 def run_steps(folder: Path, plan: Record) -> dict[str, Record]:

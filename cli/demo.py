@@ -15,8 +15,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from cli.answers import Dataset, Job, Metric, Plan
-from cli.client import Client
+from cli.client import Client, Dataset, Job, Metric, Plan
 from cli.live import follow, why
 from cli.plans import show_choice, show_frontier
 from cli.sizes import BYTES_PER_MIB, format_bytes, format_seconds
@@ -68,25 +67,26 @@ def run_demo(console: Console, home: Path, url: str | None = None, steps: int = 
 def _show(console: Console, home: Path, url: str, steps: int, check: Callable[[], None]) -> None:
     folder = home / "demo"
     with Client(url) as client:
-        training, validation = (client.upload_dataset(path) for path in write_datasets(folder))
+        training, validation = (client.datasets.upload(path) for path in write_datasets(folder))
         _show_datasets(console, training, validation)
         request = _request(training, validation, steps)
-        largest = max((device["memory_bytes"] for device in client.devices() if device["live"]), default=NO_CAP_BYTES)
-        free = client.plan({**request, "memory_cap": largest})
+        live = [device["memory_bytes"] for device in client.devices.list() if device["live"]]
+        largest = max(live, default=NO_CAP_BYTES)
+        free = client.plans.create(**request, memory_cap=largest)
         _show_frontier(console, free)
         cap = choose_cap(free)
-        job = client.create_job({**request, "memory_cap": cap})
+        job = client.jobs.create(**request, memory_cap=cap)
         _show_plan(console, job)
         try:
-            job, metrics = follow(console, client, job["id"], check)
+            metrics = follow(console, job, check)
         except KeyboardInterrupt:
-            client.cancel(job["id"])
+            job.cancel()
             raise
-        if job["status"] != "succeeded":
+        if job.status != "succeeded":
             raise DemoError(why(job))
         _show_result(console, job, metrics)
-        _download(console, client, job, folder / job["id"])
-        _show_sample(console, client, job)
+        _download(console, job, folder / job.id)
+        _show_sample(console, job)
 
 
 def write_datasets(folder: Path) -> tuple[Path, Path]:
@@ -140,8 +140,8 @@ def _show_frontier(console: Console, plan: Plan) -> None:
 
 def _show_plan(console: Console, job: Job) -> None:
     console.print()
-    console.print(f"POST /jobs: {job['id']} under a cap of [bold]{format_bytes(job['memory_cap'])}[/bold]")
-    show_choice(console, job["plan"])
+    console.print(f"POST /jobs: {job.id} under a cap of [bold]{format_bytes(job.memory_cap_bytes)}[/bold]")
+    show_choice(console, job.plan)
     console.print()
 
 
@@ -152,20 +152,20 @@ def _show_result(console: Console, job: Job, metrics: list[Metric]) -> None:
         "validation loss, nats per byte: " + ", ".join(f"{loss:.3f} at step {step}" for step, loss in evaluations),
         soft_wrap=True,
     )
-    plan = job["plan"]
+    plan = job.plan
     seconds = [row["step_seconds"] for row in metrics if row["step_seconds"] is not None]
     table = Table("", "plan", "measured", title="What was promised and what was measured", title_justify="left")
     table.add_row(
-        "peak memory", format_bytes(plan["predicted_peak_bytes"]), _known(job["measured_peak_bytes"], format_bytes)
+        "peak memory", format_bytes(plan["predicted_peak_bytes"]), _known(job.measured_peak_bytes, format_bytes)
     )
-    table.add_row("cap", format_bytes(job["memory_cap"]), _verdict(job))
+    table.add_row("cap", format_bytes(job.memory_cap_bytes), _verdict(job))
     table.add_row(
         "time per step",
         format_seconds(plan["predicted_step_seconds"]),
         _known(statistics.median(seconds) if seconds else None, format_seconds),
     )
     table.add_row("unchunked peak", format_bytes(plan["unchunked_peak_bytes"]), "not run: it would break the cap")
-    if job["certificate"] is not None and (check := job["certificate"]["gradient_check"]) is not None:
+    if (certificate := job.data["certificate"]) is not None and (check := certificate["gradient_check"]) is not None:
         beside = f"against chunks of {check['compared_with']:,}"
         table.add_row("gradient error", "0", f"{check['relative_error']:.1e} {beside}")
     console.print(table)
@@ -176,29 +176,25 @@ def _known(value: Any, write: Callable[[Any], str]) -> str:
 
 
 def _verdict(job: Job) -> str:
-    measured = job["measured_peak_bytes"]
+    measured = job.measured_peak_bytes
     if measured is None:
         return "unknown"
-    return "held" if measured <= job["memory_cap"] else "BROKEN"
+    return "held" if measured <= job.memory_cap_bytes else "BROKEN"
 
 
-def _download(console: Console, client: Client, job: Job, folder: Path) -> None:
+def _download(console: Console, job: Job, folder: Path) -> None:
     """All files of the final checkpoint, each verified while it arrives."""
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = client.checkpoint(job["id"], "final")
-    for file in checkpoint["files"]:
-        client.download(job["id"], checkpoint["step"], file, folder)
-    size = sum(file["bytes"] for file in checkpoint["files"])
+    files = job.download(folder)
+    size = sum(file.stat().st_size for file in files)
     console.print()
     console.print(
-        f"downloaded the final checkpoint: {len(checkpoint['files'])} files, {format_bytes(size)}, "
+        f"downloaded the final checkpoint: {len(files)} files, {format_bytes(size)}, "
         f"every SHA-256 verified; in {folder}",
         soft_wrap=True,
     )
 
 
-def _show_sample(console: Console, client: Client, job: Job) -> None:
+def _show_sample(console: Console, job: Job) -> None:
     """What the final checkpoint makes of a prompt."""
-    request = {"prompt": PROMPT, "checkpoint": "final", "max_tokens": SAMPLE_TOKENS, "seed": 0}
-    text = "".join(piece for piece in client.generate(job["id"], request) if isinstance(piece, str))
-    console.print(Panel(Text(PROMPT + text), title=f"a sample of {SAMPLE_TOKENS} bytes", title_align="left"))
+    sample = job.generate(PROMPT, checkpoint="final", max_tokens=SAMPLE_TOKENS, seed=0)
+    console.print(Panel(Text(PROMPT + sample["text"]), title=f"a sample of {SAMPLE_TOKENS} bytes", title_align="left"))

@@ -155,7 +155,7 @@ def _service(url: str, home: Path) -> Iterator[Finding]:
         if missing:
             return
         try:
-            live = [device for device in client.devices() if device["live"]]
+            live = [device for device in client.devices.list() if device["live"]]
         except ServiceError as error:
             mend = "give the key in SLIMTUNE_API_KEY" if error.status == 401 else "see the API's log"
             yield Finding("wrong", str(error), mend)

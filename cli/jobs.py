@@ -7,14 +7,13 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from cli.answers import Job
-from cli.client import Client
+from cli.client import Client, FileRecord, Job
 from cli.live import follow, why
 from cli.output import NOT_SUCCEEDED, URL, Json, Url, console, exits, fail, print_json
 from cli.plans import show_choice, show_frontier
@@ -71,7 +70,7 @@ def plan(
     with exits(as_json=as_json), Client(url) as client:
         body = read_spec(spec, given, settings or ())
         body = upload_files(client, body, _folder(spec), _say) if "epochs" in body else without_files(body)
-        answer = client.plan(body)
+        answer = client.plans.create(**body)
         if as_json:
             print_json(answer)
             return
@@ -115,15 +114,15 @@ def submit(
     }
     with exits(as_json=as_json), Client(url) as client:
         body = upload_files(client, read_spec(spec, given, settings or ()), _folder(spec), _say)
-        job = client.create_job(body, idempotency_key)
+        job = client.jobs.create(idempotency_key=idempotency_key, **body)
         if as_json and not watch:
-            print_json(job)
+            print_json(job.data)
             return
         if not as_json:
-            show_choice(console(stderr=True), job["plan"])
-            typer.echo(job["id"])
+            show_choice(console(stderr=True), job.plan)
+            typer.echo(job.id)
         if watch:
-            _follow(client, job["id"], as_json=as_json)
+            _follow(job, as_json=as_json)
 
 
 @app.command("list")
@@ -135,9 +134,9 @@ def list_jobs(
 ) -> None:
     """Jobs, newest first."""
     with exits(as_json=as_json), Client(url) as client:
-        found = [job for _, job in zip(range(limit), client.jobs(status), strict=False)]
+        found = [job for _, job in zip(range(limit), client.jobs.list(status), strict=False)]
     if as_json:
-        print_json(found)
+        print_json([job.data for job in found])
         return
     table = Table(box=None)
     table.add_column("job", min_width=ID_WIDTH)  # never cut: it is what the other commands want
@@ -152,7 +151,7 @@ def list_jobs(
 def watch(job: JobId, url: Url = URL, as_json: Json = False) -> None:
     """Show a job until it ends: progress, loss, memory against the cap. Exit code 4 if it did not succeed."""
     with exits(as_json=as_json), Client(url) as client:
-        _follow(client, job, as_json=as_json)
+        _follow(client.jobs.get(job), as_json=as_json)
 
 
 @app.command()
@@ -164,7 +163,8 @@ def logs(
 ) -> None:
     """What happened to a job, one event a line."""
     with exits(as_json=as_json), Client(url) as client:
-        for event in client.watch(job) if follow_on else client.events(job):
+        found = client.jobs.get(job)
+        for event in found.watch() if follow_on else found.events():
             if as_json:
                 typer.echo(json.dumps(event))
             else:
@@ -177,7 +177,7 @@ def metrics(job: JobId, url: Url = URL, as_json: Json = False) -> None:
     """The loss curve as CSV, or JSON, one object a line."""
     with exits(as_json=as_json), Client(url) as client:
         writer = csv.writer(sys.stdout, lineterminator="\n")
-        for number, row in enumerate(client.metrics(job)):
+        for number, row in enumerate(client.jobs.get(job).metrics()):
             if as_json:
                 typer.echo(json.dumps(row))
                 continue
@@ -189,7 +189,7 @@ def metrics(job: JobId, url: Url = URL, as_json: Json = False) -> None:
 @app.command()
 def pause(jobs: JobIds, url: Url = URL, as_json: Json = False) -> None:
     """Have jobs write a checkpoint and wait."""
-    _steer(jobs, url, as_json, lambda client, job: client.pause(job))
+    _steer(jobs, url, as_json, Job.pause)
 
 
 @app.command()
@@ -200,13 +200,13 @@ def resume(
     as_json: Json = False,
 ) -> None:
     """Queue paused jobs again; they go on from their checkpoints."""
-    _steer(jobs, url, as_json, lambda client, job: client.resume(job, memory_cap))
+    _steer(jobs, url, as_json, lambda job: job.resume(memory_cap))
 
 
 @app.command()
 def cancel(jobs: JobIds, url: Url = URL, as_json: Json = False) -> None:
     """End jobs."""
-    _steer(jobs, url, as_json, lambda client, job: client.cancel(job))
+    _steer(jobs, url, as_json, Job.cancel)
 
 
 @app.command()
@@ -219,62 +219,61 @@ def download(
 ) -> None:
     """Take a checkpoint home. Every SHA-256 is verified, and a download that broke off goes on where it was."""
     with exits(), Client(url) as client:
-        found = client.checkpoint(job, checkpoint)
-        names = [each["name"] for each in found["files"]]
-        if unknown := set(file or ()) - set(names):
-            fail(f"no such file: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
-        wanted = [each for each in found["files"] if not file or each["name"] in file]
-        out.mkdir(parents=True, exist_ok=True)
         columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True)
         with Progress(*columns, TransferSpeedColumn(), console=console(stderr=True)) as progress:
-            for each in wanted:
-                task = progress.add_task(each["name"], total=each["bytes"])
+            tasks: dict[str, TaskID] = {}
 
-                def moved(count: int, task: Any = task) -> None:
-                    progress.update(task, completed=count)
+            def moved(each: FileRecord, count: int) -> None:
+                if each["name"] not in tasks:
+                    tasks[each["name"]] = progress.add_task(each["name"], total=each["bytes"])
+                progress.update(tasks[each["name"]], completed=count)
 
-                path = client.download(job, found["step"], each, out, moved)
-                typer.echo(str(path))
+            try:
+                paths = client.jobs.get(job).download(out, checkpoint, files=file or (), on_bytes=moved)
+            except ValueError as error:
+                fail(error)
+        for path in paths:
+            typer.echo(str(path))
 
 
-def _steer(jobs: list[str], url: str, as_json: bool, act: Callable[[Client, str], Job]) -> None:
+def _steer(jobs: list[str], url: str, as_json: bool, act: Callable[[Job], Job]) -> None:
     with exits(as_json=as_json), Client(url) as client:
         for job_id in jobs:
-            job = act(client, job_id)
+            job = act(client.jobs.get(job_id))
             if as_json:
-                typer.echo(json.dumps(job))
+                typer.echo(json.dumps(job.data))
             else:
-                typer.echo(f"{job['id']} {job['status']}{_wish(job)}")
+                typer.echo(f"{job.id} {job.status}{_wish(job)}")
 
 
 def _wish(job: Job) -> str:
     """What a job has been asked for that it has not done yet."""
-    asked = {"cancel": "will be cancelled", "pause": "will pause"}.get(job["desired"], "")
-    return f", {asked}" if asked and job["status"] in ("queued", "running") else ""
+    asked = {"cancel": "will be cancelled", "pause": "will pause"}.get(job.data["desired"], "")
+    return f", {asked}" if asked and job.status in ("queued", "running") else ""
 
 
-def _follow(client: Client, job_id: str, *, as_json: bool) -> None:
-    job, _ = follow(console(stderr=as_json), client, job_id)
+def _follow(job: Job, *, as_json: bool) -> None:
+    follow(console(stderr=as_json), job)
     if as_json:
-        print_json(job)
-    if job["status"] != "succeeded":
+        print_json(job.data)
+    if job.status != "succeeded":
         if not as_json:
             fail(why(job), NOT_SUCCEEDED)
         raise typer.Exit(NOT_SUCCEEDED)
 
 
 def _cells(job: Job) -> list[str]:
-    progress, peak, left = job["progress"], job["measured_peak_bytes"], job["progress"]["eta_seconds"]
+    progress, peak, left = job.progress, job.measured_peak_bytes, job.progress["eta_seconds"]
     return [
-        job["id"],
-        job["name"] or "",
-        job["status"],
+        job.id,
+        job.name or "",
+        job.status,
         f"{progress['step']}/{progress['total_steps']}",
         "" if progress["loss"] is None else f"{progress['loss']:.3f}",
-        format_bytes(job["memory_cap"])
+        format_bytes(job.memory_cap_bytes)
         if peak is None
-        else f"{format_bytes(peak)} of {format_bytes(job['memory_cap'])}",
-        format_seconds(left) if left and job["status"] == "running" else "",
+        else f"{format_bytes(peak)} of {format_bytes(job.memory_cap_bytes)}",
+        format_seconds(left) if left and job.status == "running" else "",
     ]
 
 

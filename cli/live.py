@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,12 +13,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cli.answers import Job, Metric
-from cli.client import Client
+from cli.client import Job, Metric
 from cli.sizes import format_bytes, format_seconds
 
-AT_REST = ("succeeded", "failed", "cancelled", "paused")
-"""States that a job does not leave by itself."""
 POLL_SECONDS = 0.3
 PLAIN_EVERY = 10
 """Steps between lines where there is no terminal to draw on."""
@@ -29,35 +25,27 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 Report = Callable[[Job, Sequence[Metric]], None]
 
 
-def follow(
-    console: Console, client: Client, job_id: str, check: Callable[[], None] = lambda: None
-) -> tuple[Job, list[Metric]]:
-    """Show the job until it rests; returns it, and the rows of all its steps. `check` may raise to give it up."""
+def follow(console: Console, job: Job, check: Callable[[], None] = lambda: None) -> list[Metric]:
+    """Show the job until it rests; returns the rows of all its steps. `check` may raise to give it up."""
     rows: dict[int, Metric] = {}
     with _reporter(console) as report:
-        while True:
+        for look in job.follow(POLL_SECONDS):
             check()
-            job = client.job(job_id)
-            # From the last row on, not after it: a validation loss is added to a row that is already there.
-            for row in client.metrics(job_id, after_step=max(rows, default=0) - 1):
-                rows[row["step"]] = row
-            metrics = [rows[step] for step in sorted(rows)]
-            report(job, metrics)
-            if job["status"] in AT_REST:
-                return job, metrics
-            time.sleep(POLL_SECONDS)
+            rows.update((row["step"], row) for row in look.metrics)
+            report(job, [rows[step] for step in sorted(rows)])
+    return [rows[step] for step in sorted(rows)]
 
 
 def state(job: Job) -> str:
     """Where a job is, in one line: status, loss, step time, memory against the cap, time left."""
-    progress = job["progress"]
-    parts = [job["status"]] if job["status"] != "running" or progress["step"] == 0 else []
+    progress = job.progress
+    parts = [job.status] if job.status != "running" or progress["step"] == 0 else []
     if progress["loss"] is not None:
         parts.append(f"loss {progress['loss']:.3f}")
     if progress["step_seconds"] is not None:
         parts.append(f"{format_seconds(progress['step_seconds'])}/step")
-    if job["measured_peak_bytes"] is not None:
-        parts.append(f"memory {format_bytes(job['measured_peak_bytes'])} of {format_bytes(job['memory_cap'])}")
+    if job.measured_peak_bytes is not None:
+        parts.append(f"memory {format_bytes(job.measured_peak_bytes)} of {format_bytes(job.memory_cap_bytes)}")
     if progress["eta_seconds"]:
         parts.append(f"{format_seconds(progress['eta_seconds'])} left")
     return ", ".join(parts)
@@ -65,11 +53,11 @@ def state(job: Job) -> str:
 
 def why(job: Job) -> str:
     """How a job that has not succeeded ended, and what to do."""
-    error = job["error"]
+    error = job.error
     if error is None:
-        return f"{job['id']} is {job['status']}"
+        return f"{job.id} is {job.status}"
     hint = f" ({error['hint']})" if error.get("hint") else ""
-    return f"{job['id']} {job['status']}: {error['code']}: {error['message']}{hint}"
+    return f"{job.id} {job.status}: {error['code']}: {error['message']}{hint}"
 
 
 def sparkline(values: Sequence[float], width: int = BAR_WIDTH) -> str:
@@ -101,17 +89,17 @@ class _Lines:
         self._status = ""
 
     def __call__(self, job: Job, _metrics: Sequence[Metric]) -> None:
-        progress = job["progress"]
-        if progress["step"] < self._next and job["status"] == self._status:
+        progress = job.progress
+        if progress["step"] < self._next and job.status == self._status:
             return
         self._next = progress["step"] // PLAIN_EVERY * PLAIN_EVERY + PLAIN_EVERY
-        self._status = job["status"]
+        self._status = job.status
         line = f"step {progress['step']}/{progress['total_steps']} {state(job)}"
         self._console.print(line, markup=False, soft_wrap=True)
 
 
 def _view(job: Job, metrics: Sequence[Metric]) -> Group:
-    progress, peak = job["progress"], job["measured_peak_bytes"]
+    progress, peak = job.progress, job.measured_peak_bytes
     table = Table.grid(padding=(0, 1))
     bar = ProgressBar(total=progress["total_steps"], completed=progress["step"], width=BAR_WIDTH)
     table.add_row("step", bar, f"{progress['step']}/{progress['total_steps']}")
@@ -119,6 +107,6 @@ def _view(job: Job, metrics: Sequence[Metric]) -> Group:
     if losses:
         table.add_row("loss", Text(sparkline(losses), style="cyan"), f"{losses[-1]:.3f}")
     if peak is not None:
-        held = ProgressBar(total=job["memory_cap"], completed=peak, width=BAR_WIDTH, finished_style="yellow")
-        table.add_row("memory", held, f"{format_bytes(peak)} of {format_bytes(job['memory_cap'])}")
-    return Group(Text(f"{job['id']}  {state(job)}"), table)
+        held = ProgressBar(total=job.memory_cap_bytes, completed=peak, width=BAR_WIDTH, finished_style="yellow")
+        table.add_row("memory", held, f"{format_bytes(peak)} of {format_bytes(job.memory_cap_bytes)}")
+    return Group(Text(f"{job.id}  {state(job)}"), table)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from cli import jobs, keys
-from cli.answers import Sample
 from cli.client import Client, DamagedDownloadError, ServiceError
 from cli.demo import STEPS, DemoError, run_demo
 from cli.doctor import examine
 from cli.output import EXITS, REFUSED, URL, Json, Url, exits, fail, print_json
 from cli.up import Options, StackError, run_until_stopped
+
+if TYPE_CHECKING:
+    from cli.client.requests import SampleOptions
 
 HOME = keys.HOME
 MARKS = {"ok": "green", "warning": "yellow", "wrong": "red"}
@@ -87,12 +88,13 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     url: Url = URL,
 ) -> None:
-    """Continue a text with a job's checkpoint and print what comes, as it comes."""
+    """Continue a text with a job's checkpoint and print what comes, as it comes; on stderr, what is said of it."""
     if prompt is not None and file is not None:
         raise typer.BadParameter("give one of --prompt and --file")
     if prompt is None:
         prompt = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
     options = {
+        "checkpoint": int(checkpoint) if checkpoint.isdecimal() else checkpoint,
         "max_tokens": max_tokens,
         "temperature": temperature,
         "top_k": top_k,
@@ -100,10 +102,12 @@ def generate(
         "stop": stop or None,
         "seed": seed,
     }
-    which = int(checkpoint) if checkpoint.isdecimal() else checkpoint
-    request = {name: value for name, value in options.items() if value is not None}
+    request = cast("SampleOptions", {name: value for name, value in options.items() if value is not None})
     with exits(), Client(url) as client:
-        print_sample(client.generate(job, {"prompt": prompt, "checkpoint": which, **request}))
+        sample = client.jobs.get(job).generate(prompt, on_text=lambda text: typer.echo(text, nl=False), **request)
+    typer.echo()
+    reason = f"{sample['finish_reason']}: {sample['tokens']} tokens in {sample['seconds']:.1f} s"
+    typer.echo(f"{reason}, step {sample['step']}, seed {sample['seed']}", err=True)
 
 
 @app.command()
@@ -120,17 +124,6 @@ def doctor(home: Home = HOME, url: Url = URL, as_json: Json = False) -> None:
     if as_json:
         print_json([asdict(finding) for finding in found])
     raise typer.Exit(REFUSED if any(finding.level == "wrong" for finding in found) else 0)
-
-
-def print_sample(pieces: Iterator[str | Sample]) -> None:
-    """The text on stdout, what is said of it on stderr."""
-    for piece in pieces:
-        if isinstance(piece, str):
-            typer.echo(piece, nl=False)
-        else:
-            typer.echo()
-            reason = f"{piece['finish_reason']}: {piece['tokens']} tokens in {piece['seconds']:.1f} s"
-            typer.echo(f"{reason}, step {piece['step']}, seed {piece['seed']}", err=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from cli.answers import Plan
+from cli.client import Plan
 from cli.sizes import format_bytes, format_seconds
 
 FRONTIER_ROWS = 6

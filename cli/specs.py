@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,6 @@ import yaml
 from cli.client import Client
 
 DATA_FIELDS = ("dataset", "validation_dataset")
-_BLOCK_BYTES = 1 << 20
 
 
 class SpecError(ValueError):
@@ -45,6 +43,8 @@ def read_spec(path: Path | None, given: Mapping[str, Any], settings: Sequence[st
         if not equals or not name:
             raise SpecError(f"--set {setting}: must be field=value")
         _put(spec, name.split("."), _value(text), setting)
+    if "idempotency_key" in spec:
+        raise SpecError("idempotency_key: is no field of a job, but an option of `slimtune submit`")
     return spec
 
 
@@ -61,10 +61,10 @@ def upload_files(client: Client, spec: dict[str, Any], beside: Path, say: Callab
         path = beside / Path(value).expanduser()
         if not path.is_file():
             raise SpecError(f"{field}: {value} is neither a file nor the id of a dataset")
-        known = client.find_dataset(path.name, _sha256(path))
+        known = client.datasets.find(path)
         if known is None:
             say(f"uploading {path}")
-            known = client.upload_dataset(path)
+            known = client.datasets.upload(path)
         say(f"{field}: {path.name} is {known['id']}")
         found[field] = known["id"]
     return found
@@ -105,11 +105,3 @@ def _put(spec: dict[str, Any], path: Sequence[str], value: Any, setting: str) ->
             raise SpecError(f"--set {setting}: {name} is no group of fields")
         spec = inner
     spec[last] = value
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()

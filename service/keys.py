@@ -14,7 +14,7 @@ import secrets
 from dataclasses import dataclass
 from datetime import timedelta
 
-from sqlalchemy import func, or_, select, update
+from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from service.errors import NotFoundError
@@ -85,10 +85,17 @@ def revoke(session: Session, key_id: str) -> ApiKey:
 
 def find(session: Session, sha256: str) -> Known | None:
     """Who has the key with this hash (`digest`). None for one that never was, has expired or is revoked alike."""
-    valid = (ApiKey.revoked_at.is_(None), or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > func.now()))
-    row = session.scalars(select(ApiKey).where(ApiKey.sha256 == sha256, *valid)).one_or_none()
-    if row is None or not hmac.compare_digest(row.sha256, sha256):
-        return None
+    row = valid(session, ApiKey.sha256 == sha256)
+    return known(row) if row is not None and hmac.compare_digest(row.sha256, sha256) else None
+
+
+def valid(session: Session, which: ColumnElement[bool]) -> ApiKey | None:
+    """The one key for which this holds, unless it has expired or is revoked."""
+    unexpired = or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > func.now())
+    return session.scalars(select(ApiKey).where(which, ApiKey.revoked_at.is_(None), unexpired)).one_or_none()
+
+
+def known(row: ApiKey) -> Known:
     return Known(row.id, row.tenant, Limits(row.requests_per_minute, row.max_jobs, row.max_bytes))
 
 

@@ -347,6 +347,17 @@ class ApiKey(Base):
     """That the tenant's datasets, tokenizers, models and checkpoints may hold."""
 
 
+class WebSession(Base):
+    """A browser that somebody has logged in with a key (web_sessions.py)."""
+
+    __tablename__ = "web_sessions"
+
+    sha256: Mapped[str] = mapped_column(Id, primary_key=True)
+    """Of the token, in hex."""
+    key_id: Mapped[str] = mapped_column(Id, ForeignKey("api_keys.id", ondelete="CASCADE"), index=True)
+    expires_at: Mapped[datetime]
+
+
 class IdempotencyKey(Owned, Base):
     """What a request was answered under its Idempotency-Key (idempotency.py)."""
 

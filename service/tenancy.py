@@ -43,7 +43,7 @@ CHILDREN: dict[type[Base], tuple[str, type[Base]]] = {
     WebhookDelivery: ("webhook_id", Webhook),
 }
 """Tables without a tenant of their own: the column that names their parent, and the parent's table."""
-UNOWNED = frozenset({"devices", "calibrations", "shape_calibrations", "tenant_usage", "api_keys"})
+UNOWNED = frozenset({"devices", "calibrations", "shape_calibrations", "tenant_usage", "api_keys", "web_sessions"})
 """Tables that are about the machines, or for the operator."""
 
 

@@ -118,7 +118,7 @@ def _submit(arena: Arena, server: Path, body: dict[str, Any], submission: _Submi
     with HttpProxy(server, submission.losses, submission.late_seconds) as proxy:
         with Client(proxy.url, timeout_seconds=TIMEOUT_SECONDS * arena.slack) as client:
             try:
-                job_id = client.create_job({**body, "name": submission.name})["id"]
+                job_id = client.jobs.create(**{**body, "name": submission.name}).id
             except ServiceError as refusal:
                 error = str(refusal)
         seconds = time.monotonic() - began

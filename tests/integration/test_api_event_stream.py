@@ -27,8 +27,7 @@ from starlette.types import Message
 from api import event_hub, event_stream
 from api.event_hub import EventHub
 from api.event_stream import EventStream
-from cli.answers import Event
-from cli.client import Client
+from cli.client import Client, Event
 from service import database, events, jobs, runs
 from service.database import transaction
 from service.errors import TooManyStreamsError
@@ -316,7 +315,7 @@ def test_restarts_of_the_api_lose_and_double_no_event(api: Api, bind: Engine, ru
 
     def watch() -> None:
         with Client(api.url) as client:
-            for event in client.watch(running):
+            for event in client.jobs.get(running).watch():
                 seen.append(event)  # noqa: PERF402  # one by one: the test looks on
 
     watcher = threading.Thread(target=watch)

@@ -183,7 +183,7 @@ def names_of_jobs(server: Server) -> dict[str, str | None]:
 def test_fifty_submissions_at_once_make_fifty_jobs(server: Server, body: dict[str, Any]) -> None:
     def submit(name: str) -> str:
         with Client(server.url) as client:
-            return client.create_job({**body, "name": name})["id"]
+            return client.jobs.create(**{**body, "name": name}).id
 
     names = [str(number) for number in range(SUBMISSIONS)]
     with ThreadPoolExecutor(SUBMISSIONS) as pool:

@@ -23,8 +23,11 @@ class Script:
     keys: list[str | None] = field(default_factory=list)
     headers: list[Message] = field(default_factory=list)
     truncate: bool = False
+    """Whether files break off in the middle."""
     ranges: bool = True
     """Whether `Range: bytes=N-` is understood."""
+    retry_after: str | None = None
+    """What answers that are errors say of it."""
 
     def json(self, path: str, body: object, status: int = 200, content_type: str = "application/json") -> None:
         self.answers[path] = (status, content_type, json.dumps(body).encode())
@@ -51,11 +54,13 @@ def scripted() -> Iterator[Script]:
             self.send_response(status)
             self.send_header("Content-Type", content_type)
             self.send_header("Content-Length", str(len(body)))
+            if status >= 400 and script.retry_after is not None:
+                self.send_header("Retry-After", script.retry_after)
             self.end_headers()
-            self.wfile.write(body[: len(body) // 2] if script.truncate else body)
-            self.close_connection = script.truncate
+            self.close_connection = script.truncate and content_type == "application/octet-stream"
+            self.wfile.write(body[: len(body) // 2] if self.close_connection else body)
 
-        do_POST = do_GET  # noqa: N815
+        do_POST = do_DELETE = do_GET  # noqa: N815
 
         def log_message(self, *_: object) -> None:
             """Say nothing."""

@@ -8,7 +8,7 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from cli.answers import Plan
+from cli.client import Plan
 from cli.demo import CAP_STEP_BYTES, choose_cap, write_datasets
 
 MIB = 2**20

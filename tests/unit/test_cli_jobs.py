@@ -140,6 +140,7 @@ def test_watching_ends_with_the_job(script: Script, status: str, code: int) -> N
 
 
 def test_steering_says_what_will_come_of_it(script: Script) -> None:
+    script.json("/jobs/job_1", job("running"))
     script.json("/jobs/job_1/pause", job("running", desired="pause"))
     script.json("/jobs/job_1/resume", job("queued"))
     script.json("/jobs/job_1/cancel", job("cancelled", desired="cancel"))
@@ -151,6 +152,7 @@ def test_steering_says_what_will_come_of_it(script: Script) -> None:
 
 def test_lists_logs_and_curves_for_people_and_programs(script: Script) -> None:
     script.json("/jobs?limit=100&status=running", {"data": [job("running", step=3)], "has_more": False})
+    script.json("/jobs/job_1", job("running"))
     event = {"id": 1, "attempt": 0, "type": "queued", "created_at": "2026-01-01T00:00:00Z", "data": {"request_id": "r"}}
     script.json("/jobs/job_1/events?after=0&limit=1000", {"data": [event], "has_more": False})
     row = {"step": 1, "attempt": 1, "loss": None}
@@ -168,6 +170,7 @@ def test_lists_logs_and_curves_for_people_and_programs(script: Script) -> None:
 def test_a_checkpoint_comes_home(script: Script, tmp_path: Path) -> None:
     content = b"weights"
     file = {"name": "model.safetensors", "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    script.json("/jobs/job_1", job("succeeded"))
     script.json("/jobs/job_1/checkpoints/final", {"step": 20, "is_best": True, "files": [file]})
     path = "/jobs/job_1/checkpoints/20/files/model.safetensors"
     script.answers[path] = (200, "application/octet-stream", content)
@@ -191,6 +194,7 @@ def test_no_service_is_another_code_than_a_refusal() -> None:
         ("- a\n- b\n", (), "must be fields and values"),
         ("steps: 1\nsteps: 2\n", (), "line 1: a key is there twice"),
         ("steps: 1\n", ("steps",), "--set steps: must be field=value"),
+        ("idempotency_key: a\n", (), "an option of `slimtune submit`"),
         ("steps: 1\n", ("steps.x=1",), "steps is no group of fields"),
     ],
 )

@@ -208,9 +208,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_the_peak_does_not_grow_with_the_sequence(text: Path) -> None:
-    """A set of states is 34 KiB here: one that stays behind for each of 1,024 chunks would be 34 MiB."""
+    """A set of states is 34 KiB here: one that stays behind for each of 512 chunks would be 17 MiB."""
     model = ModelConfig(num_layers=2, model_width=64, num_heads=2, mlp_width=128)
-    peaks = [measured(model, training(length, 1), Chunking(16, "reverse"), text)[0] for length in (1024, 16 * 1024)]
+    peaks = [measured(model, training(length, 1), Chunking(16, "reverse"), text)[0] for length in (1024, 8 * 1024)]
     assert peaks[1] <= peaks[0] + 2 * MIB
 
 
@@ -276,7 +276,7 @@ OPTIONS: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_prediction_covers_every_option(name: str, text: Path) -> None:
     model, options = OPTIONS[name]
-    peak, predicted = measured(model, training(1024, 1, **options), Chunking(512, "reverse"), text)
+    peak, predicted = measured(model, training(512, 1, **options), Chunking(256, "reverse"), text)
     assert peak <= predicted
     assert peak >= 0.80 * predicted
 
@@ -301,10 +301,11 @@ TINY_LLAMA = ModelConfig(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("chunk_length", "options"),
-    [(64, {}), (512, {}), (2048, {}), (64, {"lora": LORA}), (512, {"lora": LORA}), (2048, {"lora": LORA})],
-    ids=["64", "512", "whole", "lora-64", "lora-512", "lora-whole"],
+    [(64, {}), (2048, {}), (512, {"lora": LORA})],
+    ids=["64", "whole", "lora-512"],
 )
 def test_the_prediction_holds_for_softmax_attention(chunk_length: int, options: dict[str, Any], text: Path) -> None:
+    """`make plan-accuracy` draws a hundred more."""
     peak, predicted = measured(TINY_LLAMA, training(2048, 1, **options), Chunking(chunk_length), text)
     assert 0.90 * predicted <= peak <= predicted
 

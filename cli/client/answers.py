@@ -96,7 +96,7 @@ class Certificate(TypedDict):
     gradient_check: GradientCheck | None
 
 
-class Job(TypedDict):
+class JobData(TypedDict):
     id: str
     name: str | None
     status: str
@@ -144,6 +144,7 @@ class Checkpoint(TypedDict):
 
 
 class Sample(TypedDict):
+    text: str
     finish_reason: str
     tokens: int
     prompt_tokens: int

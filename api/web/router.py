@@ -1,0 +1,11 @@
+"""All pages."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from api.web import assets, jobs, login
+
+router = APIRouter()
+for part in (assets, login, jobs):
+    router.include_router(part.router)
