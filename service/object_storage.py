@@ -33,6 +33,8 @@ from service.storage_cache import Cache
 
 MANIFESTS = "manifests"
 DOUBTS = "doubtful"
+ROOTS = ("datasets", "tokenizers", "models")
+"""Folders that a data folder in use has some of."""
 TIDY_SECONDS = 600.0
 """Between two looks for what this host need not keep."""
 LEFT_SECONDS = 86_400.0
@@ -83,7 +85,15 @@ class ObjectStorage(Storage):
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
-        return cls(settings.data_dir, ObjectStore.of(settings), settings.cache_bytes)
+        """On the settings' store, to which it does not connect. Raises ValueError for a data folder that files lie in:
+        as copies of what the store never had they would go when their turn came."""
+        made = cls(settings.data_dir, ObjectStore.of(settings), settings.cache_bytes)
+        if not made._cache.adopt(ROOTS):
+            raise ValueError(
+                f"SLIMTUNE_DATA_DIR: {settings.data_dir} has files from before SLIMTUNE_STORAGE_URL was set; name an "
+                "empty folder, and copy the files with `python -m service.storage_program` (docs/storage.md)"
+            )
+        return made
 
     def exists(self, relative: str) -> bool:
         self.path(relative)

@@ -245,7 +245,7 @@ def test_a_download_comes_from_the_store(
         def away(*_: Any) -> Any:
             raise StorageUnavailableError("in-the-detail")
 
-        for method in ("entry", "check", "put", "put_file"):
+        for method in ("entry", "check", "get", "put", "put_file"):
             monkeypatch.setattr(ObjectStore, method, away)
         client.app.state.context.readiness._looked_at = None  # type: ignore[attr-defined]
         refused = client.get(url)
@@ -253,8 +253,18 @@ def test_a_download_comes_from_the_store(
         assert refused.headers["retry-after"] == "10"
         assert "in-the-detail" not in refused.text
         assert client.get("/readyz").json()["checks"]["storage"] is False
+        sample = client.post(f"/jobs/{job.id}/generate", json={"prompt": "x"})
+        assert (sample.status_code, sample.json()["code"]) == (503, "storage_unavailable")
         upload = client.post("/datasets", files={"file": ("text.txt", b"text")})
         assert (upload.status_code, upload.json()["code"]) == (503, "storage_unavailable")
+
+
+def test_a_folder_with_files_of_its_own_is_not_taken_for_copies(remote: Settings) -> None:
+    (remote.data_dir / "datasets" / "ds_1").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"service\.storage_program"):
+        open_storage(remote)
+    open_storage(remote.model_copy(update={"data_dir": remote.data_dir / "new"})).expect("datasets/ds_1", ExitStack())
+    open_storage(remote.model_copy(update={"data_dir": remote.data_dir / "new"}))
 
 
 def test_a_folder_is_still_what_there_is_without_a_store(settings: Settings) -> None:
