@@ -177,7 +177,7 @@ def _service_error(request: Request, error: Exception) -> Response:
 def service_problem(scope: Scope, error: ServiceError, *, log: bool = True) -> Response:
     """The answer to a request that failed with `error`; of a 5xx the log hears as well."""
     if log and error.status >= 500:
-        logger.error("%s: %s", error.code, error.message)
+        logger.error("%s: %s", error.code, getattr(error, "detail", error.message))  # which names what clients need not
     param = getattr(error, "param", error.fields.get("field"))
     seconds = error.retry_after_seconds
     headers = {} if seconds is None else {"Retry-After": str(seconds)}

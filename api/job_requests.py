@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from api import workload
 from api.dependencies import Context
+from api.problems import STORAGE_ERRORS
 from api.schemas import JobRequest, ResumeRequest
 from service import idempotency, jobs, tracing
 from service.models import Job
@@ -45,6 +46,7 @@ CREATION_ERRORS = (
     "422 tokenizer_failed",
     "422 idempotency_key_reused",
     "429 too_many_jobs",
+    *STORAGE_ERRORS,
 )
 """What a route that creates jobs documents."""
 RESUMPTION_ERRORS = (

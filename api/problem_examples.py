@@ -75,6 +75,8 @@ ERRORS: tuple[ServiceError, ...] = (
     errors.ModelInUseError(MODEL, [JOB], []),
     errors.BuiltinModelError("performer-tiny"),
     errors.StorageFullError(),
+    errors.StorageUnavailableError("no answer"),
+    errors.StorageDeniedError("no access"),
     errors.CheckpointDamagedError("model.safetensors"),
     errors.NoCheckpointError(JOB, "failed"),
     errors.JobUnfinishedError(JOB, "running"),

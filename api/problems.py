@@ -154,6 +154,9 @@ DEFAULT_CODES = {
 }
 """Of a status that a route documents without a code."""
 
+STORAGE_ERRORS = ("503 storage_unavailable", "503 storage_denied")
+"""What a route that reads or changes files documents."""
+
 
 def documented(*errors: int | str) -> dict[int | str, dict[str, Any]]:
     """What a route's `responses` says of its errors: a status and a code each, `"404 dataset_not_found"`, or a status

@@ -205,5 +205,5 @@ def remove_expired(bind: Engine, files: Storage, at_once: int = 100) -> list[str
                 folder = delete(session, dataset_id)
         except (NotFoundError, DatasetInUseError):  # since the look
             continue
-        files.retire(folder)
+        uploads.remove_left(files, folder)
     return expired

@@ -33,6 +33,8 @@ from service.storage_cache import Cache
 
 MANIFESTS = "manifests"
 DOUBTS = "doubtful"
+ROOTS = ("datasets", "tokenizers", "models")
+"""Folders that a data folder in use has some of."""
 TIDY_SECONDS = 600.0
 """Between two looks for what this host need not keep."""
 LEFT_SECONDS = 86_400.0
@@ -83,7 +85,15 @@ class ObjectStorage(Storage):
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
-        return cls(settings.data_dir, ObjectStore.of(settings), settings.cache_bytes)
+        """On the settings' store, to which it does not connect. Raises ValueError for a data folder that files lie in:
+        as copies of what the store never had they would go when their turn came."""
+        made = cls(settings.data_dir, ObjectStore.of(settings), settings.cache_bytes)
+        if not made._cache.adopt(ROOTS):
+            raise ValueError(
+                f"SLIMTUNE_DATA_DIR: {settings.data_dir} has files from before SLIMTUNE_STORAGE_URL was set; name an "
+                "empty folder, and copy the files with `python -m service.storage_program` (docs/storage.md)"
+            )
+        return made
 
     def exists(self, relative: str) -> bool:
         self.path(relative)
@@ -98,9 +108,7 @@ class ObjectStorage(Storage):
             manifest = patience.run(lambda: self._manifest_for(relative))
             return self._download(relative, manifest, temporary, patience)
 
-        path = self._cache.hold(relative, held, bring, patience)
-        self.tidy()
-        return path
+        return self._cache.hold(relative, held, bring, patience)
 
     def drop_copy(self, relative: str) -> None:
         self._cache.remove(relative)
@@ -112,9 +120,21 @@ class ObjectStorage(Storage):
     def publish(self, relative: str, patience: Patience = NONE, records: Sequence[FileRecord] | None = None) -> None:
         path = self.path(relative)
         if patience.run(lambda: self._manifest_of(relative)) is None:
-            self._send(path, relative, _records(path, patience) if records is None else records, patience)
+            self.store(path, relative, records, patience)
         self._cache.record(relative, sum(each.stat().st_size for each in _files(path)))
         self._cache.make_room()
+
+    def store(
+        self, path: Path, relative: str, records: Sequence[FileRecord] | None = None, patience: Patience = NONE
+    ) -> None:
+        """Send a file or folder that lies anywhere, its manifest last. Raises StorageUnavailableError, OSError."""
+        if records is None:
+            records = _records(path, patience)
+        manifest = Manifest(_FILE if path.is_file() else _FOLDER, tuple(dict(record) for record in records))
+        for key, record in manifest.keys(relative):
+            source = path if manifest.kind == _FILE else path / record["name"]
+            patience.run(lambda key=key, source=source: self._store.put_file(key, source, patience.beat))  # type: ignore[misc]
+        patience.run(lambda: self._store.create(_manifest_key(relative), manifest.to_json()))
 
     def stat(self, relative: str) -> os.stat_result:
         self.path(relative)
@@ -191,17 +211,10 @@ class ObjectStorage(Storage):
         self._cache.make_room()
 
     def _place_file(self, temporary: Path, relative: str, record: FileRecord) -> None:
-        self._send(temporary, relative, [record], NONE)
+        self.store(temporary, relative, [record])
 
     def _place_folder(self, temporary: Path, relative: str, records: Sequence[FileRecord]) -> None:
-        self._send(temporary, relative, records, NONE)
-
-    def _send(self, path: Path, relative: str, records: Sequence[FileRecord], patience: Patience) -> None:
-        manifest = Manifest(_FILE if path.is_file() else _FOLDER, tuple(dict(record) for record in records))
-        for key, record in manifest.keys(relative):
-            source = path if manifest.kind == _FILE else path / record["name"]
-            patience.run(lambda key=key, source=source: self._store.put_file(key, source, patience.beat))  # type: ignore[misc]
-        patience.run(lambda: self._store.create(_manifest_key(relative), manifest.to_json()))
+        self.store(temporary, relative, records)
 
     def _download(self, relative: str, manifest: Manifest, temporary: Path, patience: Patience) -> int:
         """Raises FilesDamagedError where a file is not what the manifest says."""

@@ -8,6 +8,7 @@ An upload is open for an hour. Its parts are files until then; what is left of t
 from __future__ import annotations
 
 import hashlib
+import logging
 from datetime import timedelta
 from types import TracebackType
 from typing import Self
@@ -18,6 +19,7 @@ from sqlalchemy.orm import Session
 from service import database, quotas
 from service.errors import (
     NotFoundError,
+    StorageUnavailableError,
     UploadBusyError,
     UploadMismatchError,
     UploadsOpenError,
@@ -40,6 +42,8 @@ FORGET_AFTER = timedelta(days=1)
 """From the end of its hour."""
 SENT_TWICE = 2
 """Times the announced bytes that parts may hold: one whose answer was lost is sent again, and has another id."""
+
+logger = logging.getLogger(__name__)
 
 
 def create(
@@ -110,8 +114,11 @@ def is_being_completed(session: Session, upload: PartUpload) -> bool:
 
 
 def remove_parts(files: Storage, upload_id: str) -> None:
-    """The files of an upload that is closed."""
-    files.remove(parts_dir(upload_id))
+    """The files of an upload that is closed. What an object store that is away keeps goes with `settle`."""
+    try:
+        files.remove(parts_dir(upload_id))
+    except StorageUnavailableError as error:
+        logger.warning("the parts of %s stay for now: %s", upload_id, error.detail)
 
 
 class PartSink:

@@ -139,7 +139,7 @@ def _delete(bind: Engine, files: Storage, folder: str, rows: Callable[[Session],
             rows(session)
     except (NotFoundError, JobUnfinishedError, ModelInUseError, CheckpointInUseError):  # since the look
         return False
-    files.retire(folder)
+    uploads.remove_left(files, folder)
     return True
 
 

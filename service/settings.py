@@ -75,7 +75,7 @@ class Settings(DatabaseSettings):
     storage_url: str | None = None
     """Where files lie instead: `s3://bucket/prefix`, or `file:///folder` for one that is mounted. None: in `data_dir`,
     as if it were empty."""
-    storage_patience_seconds: float = Field(default=900, ge=0, allow_inf_nan=False)
+    storage_patience_seconds: float = Field(default=900, ge=0, le=43_200)
     """How long a job goes on while the object store does not answer, before it is paused."""
     cache_bytes: int = Field(default=50 * 1024**3, ge=0)
     """What `data_dir` may hold of files that lie in the object store; what is in use stays beyond that."""

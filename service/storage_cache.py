@@ -15,7 +15,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,13 @@ class Cache:
         self._folder = root / "cache"
         self._tmp = root / "tmp"
         self._limit_bytes = limit_bytes
+
+    def adopt(self, roots: Sequence[str]) -> bool:
+        """Begin to keep copies in the data folder, unless one of these folders is there that is not ours."""
+        if not self._folder.exists() and any((self._root / name).exists() for name in roots):
+            return False
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return True
 
     def hold(self, relative: str, held: ExitStack, bring: Callable[[Path], int], patience: Patience) -> Path:
         """The path of what `bring` puts at a temporary one, unless it is here; returns its bytes. Who comes second

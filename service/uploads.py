@@ -11,7 +11,7 @@ from sqlalchemy import Engine, Select, exists, literal, or_, select
 from sqlalchemy.orm import Session
 
 from service import database, quotas
-from service.errors import StorageFullError
+from service.errors import StorageFullError, StorageUnavailableError
 from service.limits import UNLIMITED, Limits
 from service.models import Checkpoint, Dataset, Job, Model, Tokenizer
 from service.status import JobStatus
@@ -59,10 +59,26 @@ def recorded(
             committing = True
     except BaseException:
         if not committing:  # else it may be committed without our having heard of it
-            files.remove(folder)
-            files.trust(folder)
+            _undo(files, folder)
         raise
     files.trust(folder)
+
+
+def _undo(files: Storage, folder: str) -> None:
+    try:
+        files.remove(folder)
+        files.trust(folder)
+    except StorageUnavailableError as error:  # why there is no row says more to who waits; `settle` removes the files
+        logger.warning("%s stays for now: %s", folder, error.detail)
+
+
+def remove_left(files: Storage, folder: str) -> None:
+    """After the transaction: the files whose row is gone, as `leave` has noted. Where the object store is away they go
+    with `settle`."""
+    try:
+        files.retire(folder)
+    except StorageUnavailableError as error:
+        logger.warning("%s stays for now: %s", folder, error.detail)
 
 
 def _check_there(files: Storage, folder: str) -> None:

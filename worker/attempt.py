@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -290,12 +290,13 @@ class Attempt:
             self._collect()
             self._ledger.beat()
             reason = self._wanted_end()
-            if reason in ("cancel", "worker_lost"):
-                return
             if reason == "worker_shutdown":
                 until = min(until, time.monotonic() + PUBLISH_SECONDS)
-            if time.monotonic() > until:
-                logger.warning("the last checkpoint is not published: the worker ends")
+            if reason in ("cancel", "worker_lost") or time.monotonic() > until:
+                logger.warning("the last checkpoint is not published: %s", reason)
+                self._stopped = reason
+                if self._done is not None:
+                    self._done = replace(self._done, reason="stopped")
                 return
             time.sleep(PUBLISH_POLL_SECONDS)
         self._collect()

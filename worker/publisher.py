@@ -176,8 +176,9 @@ class RemotePublisher:
     def _do(self, work: _Work) -> None:
         checkpoint = work.checkpoint
         if checkpoint is None:
-            # Not registered, or not any more: what is left of it now is a stray, which the job's next attempt removes.
-            self._storage.remove(work.folder)
+            # In doubt first: what a store that goes away keeps is removed by service.uploads.settle, in the end.
+            self._patience.run(lambda: self._storage.doubt(work.folder))
+            self._patience.run(lambda: self._storage.remove(work.folder))
             return
         self._patience.run(lambda: self._storage.doubt(work.folder))
         self._storage.publish(work.folder, self._patience, checkpoint.files)

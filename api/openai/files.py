@@ -15,7 +15,7 @@ from api.errors import InvalidRequestError
 from api.openai.paging import Limit, page_size
 from api.openai.requests import MAX_EXPIRY_SECONDS, MIN_EXPIRY_SECONDS, ExpiresAfter
 from api.openai.responses import Deleted, FileObject, ListOf, list_of
-from api.problems import documented
+from api.problems import STORAGE_ERRORS, documented
 from api.routes import datasets as dataset_routes
 from api.routes.datasets import UPLOAD_ERRORS
 from api.uploads import form_body, receive_upload
@@ -29,7 +29,7 @@ from service.storage import Storage, dataset_path
 
 router = APIRouter(prefix="/files")
 
-MISSING = ("404 file_not_found", "404 dataset_not_found", "507 disk_full")
+MISSING = ("404 file_not_found", "404 dataset_not_found", "507 disk_full", *STORAGE_ERRORS)
 """A file's, by what its id says that it is; the metrics of a job are written out when they are asked for first."""
 
 ANCHOR, SECONDS = "expires_after[anchor]", "expires_after[seconds]"

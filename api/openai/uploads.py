@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from api.dependencies import CallerDep, ContextDep, SessionDep
 from api.openai.requests import COMPLETE_EXAMPLES, UPLOAD_EXAMPLES, CompleteUploadRequest, CreateUploadRequest
 from api.openai.responses import PartObject, UploadObject
-from api.problems import documented
+from api.problems import STORAGE_ERRORS, documented
 from api.uploads import form_body, receive_upload
 from service import dataset_files, part_completions, part_uploads
 from service.errors import CompletionsBusyError
@@ -64,6 +64,7 @@ def create(
         422,
         "422 upload_mismatch",
         507,
+        *STORAGE_ERRORS,
     ),
     openapi_extra=PART_BODY,
 )
@@ -93,6 +94,7 @@ async def add_part(upload_id: str, request: Request, context: ContextDep, caller
         "429 too_many_completions",
         "503 upload_interrupted",
         507,
+        *STORAGE_ERRORS,
     ),
 )
 async def complete(

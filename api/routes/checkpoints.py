@@ -10,7 +10,7 @@ from starlette.responses import Response
 from api.dependencies import ContextDep, SessionDep
 from api.downloads import Download
 from api.errors import InvalidRequestError
-from api.problems import documented
+from api.problems import STORAGE_ERRORS, documented
 from api.responses import CheckpointResponse, Page
 from service import checkpoints, deletions, jobs, uploads
 
@@ -53,7 +53,7 @@ def delete(
         raise InvalidRequestError(("step", "name the checkpoint to delete by its step"))
     folder = deletions.delete_checkpoint(session, job.id, checkpoints.get(session, job, step).step)
     uploads.leave(context.storage, folder)
-    background.add_task(context.storage.retire, folder)
+    background.add_task(uploads.remove_left, context.storage, folder)
 
 
 @router.head("/{step}/files/{name:path}", include_in_schema=False)
@@ -62,7 +62,9 @@ def delete(
     summary="Download a file of a checkpoint",
     response_class=Response,
     responses={
-        **documented("400 range_malformed", *MISSING, "404 file_not_found", 416, "500 checkpoint_damaged"),
+        **documented(
+            "400 range_malformed", *MISSING, "404 file_not_found", 416, "500 checkpoint_damaged", *STORAGE_ERRORS
+        ),
         200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
         206: {"description": "The part that `Range` asked for."},
     },

@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, BackgroundTasks, Body, Query, Request, Response
 
 from api.dependencies import CallerDep, ContextDep, HasRoom, Limit, SessionDep
-from api.problems import documented
+from api.problems import STORAGE_ERRORS, documented
 from api.responses import DatasetResponse, Page, TokenizationResponse
 from api.schemas import TOKENIZATION_EXAMPLES, TokenizationRequest
 from api.uploads import form_body, receive_upload
@@ -29,6 +29,7 @@ UPLOAD_ERRORS = (
     "422 invalid_request",
     "422 tokenizer_failed",
     "507 disk_full",
+    *STORAGE_ERRORS,
 )
 """What a route that takes datasets documents."""
 
@@ -130,10 +131,10 @@ def tokenize(
     "/{dataset_id}",
     status_code=204,
     summary="Delete a dataset",
-    responses=documented("404 dataset_not_found", "409 dataset_in_use"),
+    responses=documented("404 dataset_not_found", "409 dataset_in_use", *STORAGE_ERRORS),
 )
 def delete(dataset_id: str, session: SessionDep, context: ContextDep, background: BackgroundTasks) -> None:
     """With its tokens. Refused while a job that is not finished reads it, or a tokenizer is trained on it."""
     folder = datasets.delete(session, dataset_id)
     uploads.leave(context.storage, folder)
-    background.add_task(context.storage.retire, folder)
+    background.add_task(uploads.remove_left, context.storage, folder)

@@ -15,7 +15,7 @@ from api import sampler, sse
 from api.dependencies import ContextDep, SessionDep
 from api.errors import InvalidRequestError
 from api.generation import GENERATE_EXAMPLES, GenerateRequest, GenerateResponse
-from api.problems import documented
+from api.problems import STORAGE_ERRORS, documented
 from api.samples import Sample
 from service import checkpoints, jobs
 from service.errors import CheckpointDamagedError, FilesDamagedError, GenerateUnavailableError, NotFoundError
@@ -45,6 +45,7 @@ STREAM: dict[int | str, dict[str, Any]] = {200: {"content": sse.DOCUMENTED}}
         501,
         "503 generate_timeout",
         "503 database_unavailable",
+        *STORAGE_ERRORS,
     )
     | STREAM,
 )
@@ -82,8 +83,10 @@ def generate(
 def _hold(files: Storage, folder: str, step: int, held: ExitStack) -> Path:
     """Raises NotFoundError, CheckpointDamagedError, StorageUnavailableError."""
     try:
-        return files.hold(folder, held)
+        path = files.hold(folder, held)
+        files.tidy()
     except FileNotFoundError as error:
         raise NotFoundError("checkpoint", str(step)) from error
     except FilesDamagedError as error:
         raise CheckpointDamagedError(str(error)) from error
+    return path

@@ -91,7 +91,7 @@ def delete(job_id: str, session: SessionDep, context: ContextDep, background: Ba
     while a job that is not finished starts from that."""
     folder = deletions.delete_job(session, job_id)
     uploads.leave(context.storage, folder)
-    background.add_task(context.storage.retire, folder)
+    background.add_task(uploads.remove_left, context.storage, folder)
 
 
 @router.post("/{job_id}/cancel", summary="Cancel a job", responses=documented("404 job_not_found", 409))

@@ -10,7 +10,7 @@ from starlette.concurrency import run_in_threadpool
 
 from api.dependencies import CallerDep, ContextDep, HasRoom, Limit, SessionDep
 from api.model_check import check_model
-from api.problems import documented
+from api.problems import STORAGE_ERRORS, documented
 from api.responses import ModelResponse, Page
 from api.uploads import form_body, receive_files
 from service import base_models, uploads
@@ -43,6 +43,7 @@ UPLOAD_BODY = form_body(
         "422 model_invalid",
         "422 invalid_request",
         507,
+        *STORAGE_ERRORS,
     ),
     dependencies=[HasRoom],
     openapi_extra=UPLOAD_BODY,
@@ -95,7 +96,7 @@ def get(model_id: str, session: SessionDep) -> ModelResponse:
     "/{model_id}",
     status_code=204,
     summary="Delete a model",
-    responses=documented("404 model_not_found", "409 model_in_use", "409 model_built_in"),
+    responses=documented("404 model_not_found", "409 model_in_use", "409 model_built_in", *STORAGE_ERRORS),
 )
 def delete(model_id: str, session: SessionDep, context: ContextDep, background: BackgroundTasks) -> None:
     """Of an output, this deletes the checkpoint that it is. Refused while a job that is not finished starts from it."""
@@ -103,4 +104,4 @@ def delete(model_id: str, session: SessionDep, context: ContextDep, background: 
         raise BuiltinModelError(model_id)
     folder = base_models.delete(session, model_id)
     uploads.leave(context.storage, folder)
-    background.add_task(context.storage.retire, folder)
+    background.add_task(uploads.remove_left, context.storage, folder)

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Body
 
 from api import workload
 from api.dependencies import ContextDep, SessionDep
-from api.problems import documented
+from api.problems import STORAGE_ERRORS, documented
 from api.responses import PlanAnswer
 from api.schemas import PLAN_EXAMPLES, PlanRequest
 
@@ -32,6 +32,7 @@ router = APIRouter(prefix="/plans", tags=["plans"])
         "422 dataset_too_small",
         "422 dataset_unusable",
         "422 tokenizer_failed",
+        *STORAGE_ERRORS,
     ),
 )
 def create(

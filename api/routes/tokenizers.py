@@ -15,7 +15,7 @@ from api import middleware
 from api.callers import Caller
 from api.dependencies import CallerDep, Context, ContextDep, HasRoom, Limit, SessionDep
 from api.errors import BodyStalledError, BodyTooLargeError
-from api.problems import documented
+from api.problems import STORAGE_ERRORS, documented
 from api.responses import Page, TokenizerResponse
 from api.schemas import TrainTokenizerRequest
 from api.uploads import form_body, receive_files
@@ -72,6 +72,7 @@ BODY["requestBody"]["content"]["application/json"] = {
         "422 invalid_request",
         "422 tokenizer_invalid",
         507,
+        *STORAGE_ERRORS,
     ),
     dependencies=[HasRoom],
     openapi_extra=BODY,
@@ -118,13 +119,13 @@ def get(tokenizer_id: str, session: SessionDep) -> TokenizerResponse:
     "/{tokenizer_id}",
     status_code=204,
     summary="Delete a tokenizer",
-    responses=documented("404 tokenizer_not_found", "409 tokenizer_in_use"),
+    responses=documented("404 tokenizer_not_found", "409 tokenizer_in_use", *STORAGE_ERRORS),
 )
 def delete(tokenizer_id: str, session: SessionDep, context: ContextDep, background: BackgroundTasks) -> None:
     """Refused while a job that is not finished, or a dataset that is being prepared, needs it."""
     folder = tokenizers.delete(session, tokenizer_id)
     uploads.leave(context.storage, folder)
-    background.add_task(context.storage.retire, folder)
+    background.add_task(uploads.remove_left, context.storage, folder)
 
 
 def _train(context: Context, caller: Caller, wanted: TrainTokenizerRequest) -> TokenizerResponse:

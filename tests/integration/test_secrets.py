@@ -19,7 +19,8 @@ from sqlalchemy import Engine, make_url
 from tests.integration.stage import DatabaseProxy, Stage, open_stage, wait_for
 
 DATABASE, BROKER, HEADER, QUERY = "in-the-dsn-71", "in-the-broker-72", "slim_in-the-header-73", "in-the-query-74"
-SECRETS = (DATABASE, BROKER, HEADER, QUERY)
+STORE = "of-the-object-store-75"
+SECRETS = (DATABASE, BROKER, HEADER, QUERY, STORE)
 
 
 @pytest.fixture
@@ -29,6 +30,7 @@ def proxied(database_url: str, redis_url: str, tmp_path: Path) -> Iterator[tuple
     with open_stage(database_url, redis_url, tmp_path) as stage:
         url = make_url(proxy.url).set(password=DATABASE)
         stage.overrides = {"DATABASE_URL": url.render_as_string(hide_password=False), "PYTHONWARNINGS": "ignore"}
+        stage.overrides |= {"AWS_SECRET_ACCESS_KEY": STORE, "AWS_SESSION_TOKEN": STORE}
         yield stage, proxy
     proxy.close()
     shutil.rmtree(sockets)

@@ -53,3 +53,11 @@ def test_a_workers_numbers_are_for_a_private_network_or_have_a_token(
     else:
         with pytest.raises(ValidationError):
             Settings.model_validate(fields)
+
+
+@pytest.mark.parametrize(
+    "url", ["bucket", "s3://", "gs://bucket", "https://host/bucket", "file://host/folder", "file:///"]
+)
+def test_a_place_for_files_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(ValidationError, match="must be s3://bucket/prefix"):
+        Settings(database_url="postgresql://", redis_url="redis://", data_dir=Path("/nowhere"), storage_url=url)
