@@ -360,6 +360,6 @@ RESPONSE_EXAMPLES: dict[str, dict[str, Any]] = {
         "version": "0.1.0",
         "revision": "ec6b53737f1f0a3f5a3c9e6d9f2b7c1d8e4a6b90",
         "api": "1.0",
-        "schema": {"expected": "0015", "found": "0015"},
+        "schema": {"expected": "0014", "found": "0014"},
     },
 }

@@ -8,7 +8,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import Session
 
-REVISION = "0015"
+REVISION = "0014"
 """The newest migration: what the tables of models.py are after it. Revisions are numbers of four digits."""
 
 

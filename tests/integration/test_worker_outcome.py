@@ -13,6 +13,7 @@ from tests.integration.seed import add_checkpoint, claim
 from worker.ledger import Ledger
 from worker.messages import Checkpoint, Done, Failure
 from worker.outcome import Ending, conclude
+from worker.publisher import LocalPublisher
 
 BROKEN = Failure("supervisor_error", "InternalError: read only", None, None)
 
@@ -20,7 +21,7 @@ BROKEN = Failure("supervisor_error", "InternalError: read only", None, None)
 def test_what_was_discarded_is_no_final_checkpoint(
     bind: Engine, storage: Storage, settings: Settings, job: Job
 ) -> None:
-    ledger = Ledger(bind, storage, claim(bind, job.id), settings)
+    ledger = Ledger(bind, LocalPublisher(storage), claim(bind, job.id), settings)
     ledger.add(Checkpoint(20, "step-00000020", [], None))
     assert (ledger.last_checkpoint, ledger.progressed) == (20, True)
     ledger.discard()

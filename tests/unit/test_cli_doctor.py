@@ -19,7 +19,7 @@ from cli.version import version
 from tests.unit.scripted_service import Script
 
 DEVICE = {"id": "cpu-1", "live": True}
-RELEASE = {"version": "0", "revision": None, "api": "1.0", "schema": {"expected": "0015", "found": "0015"}}
+RELEASE = {"version": "0", "revision": None, "api": "1.0", "schema": {"expected": "0014", "found": "0014"}}
 
 
 def found(script: Script, home: Path) -> dict[str, Finding]:
@@ -51,9 +51,9 @@ def test_what_the_service_misses_and_where_to_look(script: Script, tmp_path: Pat
 
 def test_a_schema_of_before_another_version_and_a_store_that_is_away(script: Script, tmp_path: Path) -> None:
     ready(script, schema=False, storage=False)
-    script.json("/version", {**RELEASE, "schema": {"expected": "0015", "found": "0011"}})
+    script.json("/version", {**RELEASE, "schema": {"expected": "0014", "found": "0011"}})
     findings = found(script, tmp_path)
-    behind = findings[f"the database of {script.url} is not migrated: it has schema 0011, 0015 is needed"]
+    behind = findings[f"the database of {script.url} is not migrated: it has schema 0011, 0014 is needed"]
     assert (behind.level, behind.mend) == ("wrong", "run: slimtune migrate")
     assert findings[f"{script.url} has version 0, this command {version()}"].level == "warning"
     assert "SLIMTUNE_STORAGE_URL" in findings[f"{script.url} cannot reach its object store"].mend
