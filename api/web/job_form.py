@@ -158,6 +158,17 @@ def values_of(known: Mapping[str, FormField], spec: Mapping[str, Any]) -> dict[s
     return values
 
 
+HELP = {
+    "model": "",
+    "dataset": "",
+    "validation_dataset": "",
+    "memory_cap": "The most that the training may ever hold, as `800 MiB`, `1.5GiB` or `2GB`.",
+    "steps": "Optimiser steps.",
+    "epochs": "Passes over the training data.",
+    "metadata": "Up to 16 lines `key=value` of your own; we only keep them.",
+}
+"""In place of the schema's descriptions where those speak to programs."""
+
 _MISSING = object()
 
 
@@ -172,7 +183,8 @@ def _at(spec: Mapping[str, Any], path: str) -> Any:
 
 def _named(each: FormField) -> FormField:
     label = LABELS.get(each.path, each.path.rpartition(".")[2].replace("_", " ").capitalize())
-    return replace(each, label=label, when=WHEN.get(each.path, each.when))
+    said = _pieces(HELP[each.path]) if each.path in HELP else each.help
+    return replace(each, label=label, help=said, when=WHEN.get(each.path, each.when))
 
 
 def _of_object(
@@ -267,5 +279,9 @@ def _resolved(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> Mapp
 
 
 def _help(schema: Mapping[str, Any]) -> tuple[tuple[bool, str], ...]:
-    pieces = re.split(r"`([^`]*)`", " ".join(schema.get("description", "").split()))
+    return _pieces(" ".join(schema.get("description", "").split()))
+
+
+def _pieces(text: str) -> tuple[tuple[bool, str], ...]:
+    pieces = re.split(r"`([^`]*)`", text)
     return tuple((index % 2 == 1, piece) for index, piece in enumerate(pieces) if piece)

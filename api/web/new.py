@@ -24,7 +24,7 @@ LISTED = 100
 START: dict[str, Any] = {
     "model": next(iter(BUILTIN_MODELS)),
     "memory_cap": "512 MiB",
-    "sequence_length": 2_048,
+    "sequence_length": 8_192,
     "steps": 200,
 }
 """Where the API has no defaults: something that fits, and has a curve to look at."""

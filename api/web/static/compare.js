@@ -70,7 +70,7 @@ function columns(rows, by, names) {
 function chart(into, tables, label, by, shown, readout, runs) {
   const axis = { stroke: colour("muted"), grid: { stroke: colour("line"), width: 1 }, ticks: { stroke: colour("line") }, font: "12px system-ui, sans-serif", labelFont: "12px system-ui, sans-serif" };
   const series = tables.flatMap((table, index) => {
-    const stroke = colour(index ? "warn" : "accent");
+    const stroke = colour(index ? "second" : "accent");
     const line = { stroke, width: 2, spanGaps: true, points: { show: table[0].length < 2 }, dash: index ? [8, 4] : [] };
     const dots = { stroke, paths: () => null, points: { show: true, size: 9, width: 2, fill: colour("card") } };
     return table.length > 2 ? [line, dots] : [line];

@@ -23,7 +23,7 @@ export class Curve {
     // While the line is being dragged, the axis stays as it is under the pointer.
     const range = this.dragging && this.state ? this.state.range : rangeOf(state);
     const log = range[1] / range[0] > WIDE;
-    const remake = !this.chart || !this.state || this.state.log !== log;
+    const remake = !this.chart || this.state.log !== log || this.state.what !== state.what;
     this.state = { ...state, range, log };
     if (remake) this.#rebuild();
     else this.chart.setData(this.#data());
@@ -117,7 +117,7 @@ export class Curve {
     if (this.state.unchunked <= this.state.range[1]) {
       const x = this.#pixel(chart, this.state.unchunked);
       ctx.setLineDash([2 * devicePixelRatio, 4 * devicePixelRatio]);
-      ctx.strokeStyle = colour("muted");
+      ctx.strokeStyle = colour("warn");
       ctx.lineWidth = 2 * devicePixelRatio;
       ctx.beginPath();
       ctx.moveTo(x, bbox.top);

@@ -65,7 +65,7 @@ function draw(cap) {
   const inAll = at("in-all").checked;
   const points = pointsOf(plan, inAll);
   for (const id of ["curve", "curve-legend", "plan-table"]) at(id).hidden = false;
-  curve.show({ points, cap, minimum: plan.minimum_cap_bytes, unchunked: plan.unchunked_peak_bytes, what: "Time" });
+  curve.show({ points, cap, minimum: plan.minimum_cap_bytes, unchunked: plan.unchunked_peak_bytes, what: inAll ? "Time of the training" : "Time of a step" });
   at("plan-table").querySelector("tbody").replaceChildren(...tableRows(points, plan, cap, (bytes) => job.set("memory_cap", capText(bytes))));
 }
 
