@@ -165,6 +165,11 @@ HELP = {
     "memory_cap": "The most that the training may ever hold, as `800 MiB`, `1.5GiB` or `2GB`.",
     "steps": "Optimiser steps.",
     "epochs": "Passes over the training data.",
+    "gradient_clip": "Largest global norm of the gradient; empty for no clipping.",
+    "checkpoint_every": "Steps between checkpoints; empty for one at the end only.",
+    "early_stopping": "Stop when the validation loss no longer improves. Needs evaluations.",
+    "tokenizer": "The built-in model gets its vocabulary; without one it reads bytes.",
+    "chunking": "",
     "metadata": "Up to 16 lines `key=value` of your own; we only keep them.",
 }
 """In place of the schema's descriptions where those speak to programs."""

@@ -118,9 +118,12 @@ def _datasets(session: Session) -> list[Choice]:
 
 
 def _of_dataset(row: DatasetResponse) -> Choice:
-    counts = [(row.tokens, "bytes and borders"), (row.documents, "documents"), (row.longest_document_tokens, "longest")]
-    hint = ", ".join(f"{shown_number(count)} {what}" for count, what in counts if count is not None)
-    return Choice(row.id, f"{row.name} ({row.id[-6:]})", hint or "not counted yet")
+    counts = [(row.documents, "document"), (row.tokens, "byte")]
+    hint = [f"{count:,} {what}{'' if count == 1 else 's'}" for count, what in counts if count is not None]
+    hint += (
+        [f"the longest {row.longest_document_tokens:,}"] if row.longest_document_tokens and row.documents != 1 else []
+    )
+    return Choice(row.id, f"{row.name} ({row.id[-6:]})", ", ".join(hint) or "not counted yet")
 
 
 def _models(session: Session) -> list[Choice]:

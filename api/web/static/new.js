@@ -29,6 +29,7 @@ function changed() {
   const cap = parseBytes(job.value("memory_cap"));
   if (cap && plan) curve.moveCap(cap);
   showSnippet();
+  busy(true);
   timer = setTimeout(ask, PAUSE);
 }
 
@@ -119,7 +120,7 @@ function showErrors(problem) {
 onFiles(at("drop"), at("file"), async ([file]) => {
   const made = await uploadInto(at("upload"), "/datasets", [file]);
   if (!made) return;
-  const counted = made.tokens === null ? "its tokens are being counted" : `${made.tokens.toLocaleString()} bytes and borders, ${made.documents.toLocaleString()} documents`;
+  const counted = made.tokens === null ? "its tokens are being counted" : `${made.documents.toLocaleString()} document${made.documents === 1 ? "" : "s"}, ${made.tokens.toLocaleString()} bytes`;
   at("upload").append(element("p", { className: "muted", textContent: `${shownBytes(made.bytes)}; ${counted}.` }));
   for (const id of ["f-dataset", "f-validation_dataset"]) {
     const option = new Option(`${made.name} (${made.id.slice(-6)})`, made.id);
