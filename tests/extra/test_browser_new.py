@@ -22,7 +22,8 @@ from tests.extra.conftest import PHONE
 
 pytestmark = pytest.mark.extra
 
-WORDS = "the memory of a model grows with every token that it keeps and a chunk needs only its own part of it".split()
+TALK = "the memory of a model grows with every token that it keeps and a chunk needs only its own part of it"
+WORDS = TALK.split()
 DROP = """([selector, name, text]) => {
   const transfer = new DataTransfer();
   transfer.items.add(new File([text], name));
@@ -101,11 +102,12 @@ def test_from_a_dropped_file_to_a_checkpoint(
     page.watched.allowed = ["status of 422"]
     page.wait_for_selector("#curve canvas")
     assert page.evaluate(COLOURS) > 10
-    page.evaluate(DROP, ["#drop", "broken.jsonl", '{"text": "fine"}\n{"text": \n'])
+    page.evaluate(DROP, ["#drop", "<b>broken.jsonl", '{"text": "fine"}\n{"text": \n'])
+    page.get_by_text("<b>broken.jsonl was refused").wait_for()
     assert "Line 2" in page.locator("#upload .problems").inner_text()
-    page.evaluate(DROP, ["#drop", "<b>notes.jsonl", notes()])
+    page.evaluate(DROP, ["#drop", "notes.jsonl", notes()])
     page.get_by_text("is uploaded").wait_for()
-    assert page.locator("#f-dataset option:checked").inner_text().startswith("<b>notes.jsonl")
+    assert page.locator("#f-dataset option:checked").inner_text().startswith("notes.jsonl")
     page.get_by_label("Name", exact=True).fill("From a dropped file")
 
     text = change(page, "Memory cap *", "100 MiB")

@@ -1,4 +1,4 @@
-"""The pages of new jobs, of comparisons and of data: what they show of whom, and that the form has what the API takes."""
+"""The pages of new jobs, comparisons and data: what they show to whom, and that the form has what the API takes."""
 
 from __future__ import annotations
 

@@ -71,7 +71,8 @@ function chart(into, tables, label, by, shown, readout, runs) {
   const axis = { stroke: colour("muted"), grid: { stroke: colour("line"), width: 1 }, ticks: { stroke: colour("line") }, font: "12px system-ui, sans-serif", labelFont: "12px system-ui, sans-serif" };
   const series = tables.flatMap((table, index) => {
     const stroke = colour(index ? "second" : "accent");
-    const line = { stroke, width: 2, spanGaps: true, points: { show: table[0].length < 2 }, dash: index ? [8, 4] : [] };
+    // Equal losses lie on each other: both are to be seen.
+    const line = { stroke, width: index ? 2 : 4, spanGaps: true, points: { show: table[0].length < 2 }, dash: index ? [8, 6] : [] };
     const dots = { stroke, paths: () => null, points: { show: true, size: 9, width: 2, fill: colour("card") } };
     return table.length > 2 ? [line, dots] : [line];
   });

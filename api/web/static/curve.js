@@ -27,15 +27,14 @@ export class Curve {
     this.state = { ...state, range, log };
     if (remake) this.#rebuild();
     else this.chart.setData(this.#data());
-    this.#placeCap();
   }
 
   /** The cap has changed, and the answer to it is still to come. */
   moveCap(cap) {
     if (!this.state) return;
     this.state.cap = cap;
-    this.#placeCap();
     this.chart.redraw(false);
+    this.#placeCap();
   }
 
   #x(bytes) {
@@ -74,14 +73,14 @@ export class Curve {
       },
       axes: [
         { ...axis, label: "Peak memory", labelSize: 20, labelFont: axis.font, size: 34, splits: () => this.#ticks(), values: (chart, values) => values.map((each) => shownBytes(Math.round(this.state.log ? 2 ** each : each))) },
-        { ...axis, label: this.state.what, labelSize: 18, labelFont: axis.font, size: 66, values: (chart, values) => values.map((each) => shownSeconds(each)) },
+        { ...axis, label: this.state.what, labelSize: 18, labelFont: axis.font, size: (chart, values) => 16 + 6.5 * Math.max(3, ...(values ?? []).map((each) => each.length)), values: (chart, values) => values.map((each) => shownSeconds(each)) },
       ],
       series: [{}, { stroke: () => colour("accent"), width: 2, paths: uPlot.paths.stepped({ align: 1 }), points: { show: false } }],
       hooks: {
         drawClear: [(chart) => this.#shade(chart)],
-        draw: [(chart) => this.#mark(chart)],
+        // By now the scales are those of the new data.
+        draw: [(chart) => this.#mark(chart), () => this.#placeCap()],
         setCursor: [(chart) => this.#read(chart)],
-        setSize: [() => this.#placeCap()],
       },
     };
   }

@@ -3,7 +3,7 @@
 import { ApiError, request, shownBytes } from "./app.js";
 import { Curve } from "./curve.js";
 import { JobForm } from "./form.js";
-import { describe, parts, pointsOf, tableRows, whyNot } from "./plan.js";
+import { describe, detailOf, parts, pointsOf, sentence, tableRows, whyNot } from "./plan.js";
 import { capText, parseBytes } from "./sizes.js";
 import { snippet } from "./snippets.js";
 import { element, onFiles, uploadInto } from "./upload.js";
@@ -57,6 +57,7 @@ function show(answer) {
   job.clearErrors();
   plan = { ...answer, chosen: true };
   at("plan-says").replaceChildren(...describe(plan, plan.memory_cap_bytes));
+  at("plan-line").textContent = sentence(plan, plan.memory_cap_bytes);
   at("plan-parts").hidden = false;
   at("plan-parts").querySelector("dl").replaceChildren(...parts(plan.breakdown, plan.predicted_peak_bytes));
   draw(plan.memory_cap_bytes);
@@ -75,6 +76,7 @@ function empty(text) {
   plan = null;
   for (const id of ["curve", "curve-legend", "plan-table", "plan-parts"]) at(id).hidden = true;
   at("plan-says").replaceChildren(element("p", { className: "muted", textContent: text }));
+  at("plan-line").textContent = text;
 }
 
 /** There is no plan: why, what would help, and where the fault is in a field, there. */
@@ -95,6 +97,7 @@ async function refused(error, body, signal) {
   if (signal.aborted) return;
   at("plan-parts").hidden = true;
   at("plan-says").replaceChildren(whyNot(problem, (path, value) => job.set(path, value)));
+  at("plan-line").textContent = "There is no plan.";
   showErrors(problem);
 }
 
@@ -111,7 +114,7 @@ async function drawBeyond(problem, body, signal) {
 
 /** Messages at their fields. Answers those that have none. */
 function showErrors(problem) {
-  const errors = problem.errors ?? (problem.error?.param ? [{ field: problem.error.param, message: problem.detail }] : []);
+  const errors = problem.errors ?? (problem.error?.param ? [{ field: problem.error.param, message: detailOf(problem) }] : []);
   return errors.filter(({ field, message }) => !job.showError(field, message));
 }
 
@@ -241,6 +244,12 @@ function fail(problem) {
   form.querySelector("[aria-invalid]")?.focus();
 }
 
+// A job is started by its button, not by the way: Enter in a field asks for the plan at once.
+form.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || !event.target.matches("input:not([type=file])")) return;
+  event.preventDefault();
+  changed();
+});
 // Who comes back to this page from the job wants another one.
 window.addEventListener("pageshow", (event) => {
   if (event.persisted) key = `${form.dataset.key}-${Date.now()}`;

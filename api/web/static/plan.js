@@ -1,7 +1,7 @@
 // What a plan means, in words: the one that would run, all others as a table, or why there is none and what would help.
 
 import { shownBytes, shownSeconds } from "./app.js";
-import { capText } from "./sizes.js";
+import { MIB, capText } from "./sizes.js";
 import { element } from "./upload.js";
 
 const POLICIES = { keep: "kept", reverse: "recomputed backwards", stride: "some kept", prefix: "keys and values" };
@@ -21,7 +21,7 @@ export function describe(plan, cap) {
   const room = cap - plan.predicted_peak_bytes;
   const facts = [
     ["Predicted peak", `${shownBytes(plan.predicted_peak_bytes)}`, `${shownBytes(room)} under the cap`],
-    ["A step", shownSeconds(plan.predicted_step_seconds), `${plan.total_steps.toLocaleString()} steps`],
+    ["A step", shownSeconds(plan.predicted_step_seconds), `one of ${plan.total_steps.toLocaleString()}`],
     ["In all", shownSeconds(plan.predicted_total_seconds), "as predicted"],
     ["Chunks", whole ? "none" : plan.chunk_length.toLocaleString(), whole ? "the sequence as a whole" : `tokens, ${plan.num_chunks.toLocaleString()} a sequence; states ${POLICIES[plan.state_policy] ?? plan.state_policy}`],
   ];
@@ -33,7 +33,7 @@ export function describe(plan, cap) {
 /** Rows of the table; each can be made the cap. */
 export function tableRows(points, plan, cap, onCap) {
   return points.map(({ bytes, row, chosen }) => {
-    const use = element("button", { type: "button", textContent: "Set as cap" });
+    const use = element("button", { type: "button", className: "small", textContent: "Set as cap" });
     use.setAttribute("aria-label", `Set the cap to ${capText(bytes)}`);
     use.addEventListener("click", () => onCap(bytes));
     const cells = [shownSeconds(row.predicted_step_seconds), shownSeconds(row.predicted_step_seconds * plan.total_steps), row.chunk_length.toLocaleString(), row.state_policy, String(row.micro_batch_size)];
@@ -46,18 +46,23 @@ export function tableRows(points, plan, cap, onCap) {
 
 export function parts(breakdown, total) {
   const named = Object.entries(breakdown).filter(([, bytes]) => bytes > 0).sort((left, right) => right[1] - left[1]);
-  return named.map(([name, bytes]) => {
-    const bar = element("meter", { min: 0, max: total, value: bytes });
-    bar.setAttribute("aria-hidden", "true");
-    return element("div", {}, element("dt", { textContent: name }), element("dd", {}, bar, element("span", { textContent: shownBytes(bytes) })));
-  });
+  return named.map(([name, bytes]) => element("div", {}, element("dt", { textContent: name }), element("dd", {}, bar(bytes / total), element("span", { textContent: shownBytes(bytes) }))));
+}
+
+function bar(share) {
+  const [made, inner] = ["svg", "rect"].map((name) => document.createElementNS("http://www.w3.org/2000/svg", name));
+  for (const [name, value] of Object.entries({ class: "bar", viewBox: "0 0 100 1", preserveAspectRatio: "none", "aria-hidden": "true" })) made.setAttribute(name, value);
+  inner.setAttribute("width", (100 * share).toFixed(1));
+  inner.setAttribute("height", "1");
+  made.append(inner);
+  return made;
 }
 
 /** Why there is no plan, and buttons that change the form. `set(path, value)`. */
 export function whyNot(problem, set) {
-  const said = element("div", { className: "no-plan" }, element("p", {}, element("strong", { textContent: problem.detail })));
+  const said = element("div", { className: "no-plan" }, element("p", {}, element("strong", { textContent: problem.errors ? "There is no plan before the marked fields are put right." : detailOf(problem) })));
   const mends = (problem.suggestions ?? []).map(mend);
-  if (problem.largest_device_bytes) mends.push({ label: `Lower the cap to ${shownBytes(problem.largest_device_bytes)}`, path: "memory_cap", value: String(problem.largest_device_bytes) });
+  if (problem.largest_device_bytes) mends.push({ label: `Lower the cap to ${fitting(problem)}`, path: "memory_cap", value: fitting(problem) });
   if (problem.code === "dataset_too_small" && problem.max_sequence_length) mends.push({ label: `Shorten the sequences to ${problem.max_sequence_length.toLocaleString()}`, path: "sequence_length", value: problem.max_sequence_length });
   const buttons = mends.filter((each) => each.path);
   if (buttons.length) {
@@ -74,6 +79,22 @@ export function whyNot(problem, set) {
   for (const each of mends.filter((one) => !one.path)) said.append(element("p", { className: "muted", textContent: `${each.label}.` }));
   if (problem.hint && !buttons.length) said.append(element("p", { textContent: `What to do: ${problem.hint}.` }));
   return said;
+}
+
+function fitting(problem) {
+  return `${Math.floor(problem.largest_device_bytes / MIB)} MiB`;
+}
+
+/** The problem's detail, with sizes as people read them. */
+export function detailOf(problem) {
+  if (problem.code !== "memory_cap_exceeds_device") return problem.detail;
+  return `No device has so much: the largest holds ${shownBytes(problem.largest_device_bytes)} for jobs.`;
+}
+
+/** One sentence for who does not see the curve. */
+export function sentence(plan, cap) {
+  const chunks = plan.num_chunks === 1 ? "without chunks" : `in chunks of ${plan.chunk_length.toLocaleString()} tokens`;
+  return `Under ${shownBytes(cap)} there is a plan ${chunks}: it holds ${shownBytes(plan.predicted_peak_bytes)} at its peak, a step takes ${shownSeconds(plan.predicted_step_seconds)}, all take ${shownSeconds(plan.predicted_total_seconds)}.`;
 }
 
 /** A suggestion of the planner as a change of the form; without a path where no form can do it. */
