@@ -9,11 +9,15 @@ from dataclasses import dataclass
 
 from api.responses import BreakdownResponse, JobSummary
 
+FAR = 2.2
+"""The unchunked step is drawn to scale up to this many times what else there is, ..."""
 CAP_AT = 62.0
-"""Where the cap is if the unchunked step is far beyond it."""
+"""... else the cap is here, ..."""
 BREAK_AT = 84.0
-"""Where the scale ends then: what is right of it is larger than it looks."""
+"""... the scale ends here, and what is right of it is larger than it looks."""
 FAR_AT = 94.0
+SMALL_CAP_AT = 88.0
+"""Where the cap is on a scale that leaves the unchunked step out."""
 
 CAUSES = {
     "runtime": "Python, torch and the device's own context",
@@ -61,8 +65,7 @@ def of_job(job: JobSummary) -> Gauge:
     cap, predicted, measured = job.memory_cap, job.predicted_peak_bytes, job.measured_peak_bytes
     unchunked = job.plan.unchunked_peak_bytes
     largest = max(cap, predicted, measured or 0)
-    broken = unchunked > largest * BREAK_AT / CAP_AT
-    # Everything on one scale if it has room; else the cap keeps its place, and the rest is beyond a gap.
+    broken = unchunked > largest * FAR
     end = largest * 100 / CAP_AT if broken else max(largest, unchunked) / 0.96
 
     def at(count: int) -> float:
@@ -74,6 +77,24 @@ def of_job(job: JobSummary) -> Gauge:
         measured=None if measured is None else at(measured),
         unchunked=FAR_AT if broken else at(unchunked),
         broken=broken,
+        over=measured is not None and measured > cap,
+        text=_in_words(job),
+    )
+
+
+def small(job: JobSummary) -> Gauge:
+    """Without the unchunked step, for lists: the cap is at one place in all of them."""
+    cap, predicted, measured = job.memory_cap, job.predicted_peak_bytes, job.measured_peak_bytes
+
+    def at(count: int) -> float:
+        return min(round(count / cap * SMALL_CAP_AT, 2), 100.0)
+
+    return Gauge(
+        cap=SMALL_CAP_AT,
+        predicted=at(predicted),
+        measured=None if measured is None else at(measured),
+        unchunked=100.0,
+        broken=True,
         over=measured is not None and measured > cap,
         text=_in_words(job),
     )

@@ -20,7 +20,7 @@ from service.status import REQUESTS, TERMINAL, Desired, JobStatus
 
 router = APIRouter(prefix="/ui/jobs", include_in_schema=False)
 
-EVENTS = 40
+EVENTS = 25
 """Of the timeline, before it is asked for more."""
 POINTS = 2_000
 """Of a curve, about: more than a screen has pixels for."""

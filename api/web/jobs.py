@@ -36,7 +36,7 @@ def listed(
     return page(
         request,
         "jobs_list.html" if from_script else "jobs.html",
-        jobs=[(job, gauges.of_job(job)) for job in shown],
+        jobs=[(job, gauges.small(job)) for job in shown],
         has_more=has_more,
         chosen=status,
         after=after,

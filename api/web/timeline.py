@@ -52,9 +52,17 @@ GIVEN_BACK = {
 
 
 def entries(events: Iterable[JobEvent]) -> list[Entry]:
-    return [
-        Entry(event.id, event.attempt, event.type, event.created_at, told(event.type, event.data)) for event in events
-    ]
+    """Newest first, as the events. An evaluation whose loss the checkpoint after it has too is not told twice."""
+    shown: list[Entry] = []
+    checkpoint = None
+    for event in events:
+        step = event.data.get("step")
+        if event.type == "evaluation" and checkpoint == step and step is not None:
+            continue
+        checkpoint = step if event.type == "checkpoint" and event.data.get("validation_loss") is not None else None
+        told_as = told(event.type, event.data)
+        shown.append(Entry(event.id, event.attempt, event.type, event.created_at, told_as))
+    return shown
 
 
 def told(event_type: str, data: Data) -> Told:

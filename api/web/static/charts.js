@@ -7,8 +7,8 @@ const uPlot = window.uPlot;
 /**
  * A chart in `element`, as wide as it, that follows its size and the theme.
  *
- * `series`: [{label, colour: a name of app.css, width, dash, points, band, value: (number) => text}] for the columns after x;
- * `band: [upper, lower]` fills between two columns. `axes`: {x: label, y: label}. `onZoom(first, last)` is told what
+ * `series`: [{label, colour: a name of app.css, width, dash, points, spanGaps, unlisted, value: (number) => text}] for the columns after x;
+ * `bands: [[upper, lower, colour]]` fills between columns. `axes`: {x: label, y: label}. `onZoom(first, last)` is told what
  * was chosen by dragging, `onZoom(null, null)` that all is wanted again (double click).
  */
 export class LineChart {
@@ -59,6 +59,7 @@ export class LineChart {
           { label: axes.x, value: (_, at) => (at === null ? "–" : at.toLocaleString()) },
           ...series.map((each) => ({
             label: each.label,
+            class: each.unlisted ? "unlisted" : undefined,
             stroke: colour(each.colour),
             width: each.width ?? 1.5,
             dash: each.dash,
@@ -69,7 +70,7 @@ export class LineChart {
         ],
         bands: bands.map(([upper, lower, name]) => ({ series: [upper, lower], fill: `${colour(name)}2e` })),
         cursor: { sync: sync ? { key: sync, setSeries: false } : undefined, drag: { x: true, y: false, setScale: !this.options.onZoom } },
-        legend: { live: true },
+        legend: { live: true, markers: { width: 0, fill: (plot, index) => plot.series[index].stroke?.(plot, index) ?? "transparent" } },
         hooks: { draw: [(plot) => this.#drawMarks(plot)], setSelect: [(plot) => this.#zoomed(plot)] },
       },
       this.data,

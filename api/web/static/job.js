@@ -1,6 +1,6 @@
 // The page of a job: curves, actions, and the stream of events that says when to look again.
 
-import { ApiError, refresh, request, shownBytes, shownSeconds } from "/ui/static/app.js";
+import { refresh, request, shownBytes, shownSeconds } from "/ui/static/app.js";
 import { LineChart, short } from "/ui/static/charts.js";
 import "/ui/static/sample.js";
 
@@ -23,8 +23,8 @@ const lossChart = new LineChart(document.getElementById("loss-chart"), {
   axes: { x: axisX, y: "nats per token" },
   series: [
     { label: "Training", colour: "accent" },
-    { label: "least", colour: "accent", width: 0.01 },
-    { label: "most", colour: "accent", width: 0.01 },
+    { label: "Least", colour: "accent", width: 0, unlisted: true },
+    { label: "Most", colour: "accent", width: 0, unlisted: true },
     { label: "Validation", colour: "second", width: 2, spanGaps: true, points: { show: true, size: 6 } },
   ],
   bands: [[3, 2, "accent"]],
@@ -44,18 +44,19 @@ let drawn = { step: -1, status: "", at: 0, seconds: 0 };
 async function drawCurves() {
   if (drawing) return;
   drawing = true;
+  const { step, status } = job().dataset;
+  const query = new URLSearchParams({ first: zoom.first ?? 0, ...(zoom.last === null ? {} : { last: zoom.last }) });
+  const began = Date.now();
+  let curve = null;
   try {
-    const { step, status } = job().dataset;
-    const query = new URLSearchParams({ first: zoom.first ?? 0, ...(zoom.last === null ? {} : { last: zoom.last }) });
-    const began = Date.now();
-    const curve = await request("GET", `/ui/jobs/${id}/curve?${query}`);
-    drawn = { step, status, at: Date.now(), seconds: (Date.now() - began) / 1000 };
-    show(curve);
+    curve = await request("GET", `/ui/jobs/${id}/curve?${query}`);
   } catch (error) {
     if (drawn.step === -1) document.getElementById("loss-chart").replaceChildren(paragraph(`The curve cannot be read: ${error.message}`));
-  } finally {
-    drawing = false;
   }
+  drawing = false;
+  if (curve === null) return;
+  drawn = { step, status, at: Date.now(), seconds: (Date.now() - began) / 1000 };
+  show(curve);
 }
 
 function show(curve) {

@@ -1,4 +1,4 @@
-// The box to try a model: a sample that appears as it is made, and can be stopped.
+// The box to try a model, where there is one: a sample that appears as it is made, and can be stopped.
 
 import { ApiError, csrf } from "/ui/static/app.js";
 
@@ -65,7 +65,7 @@ async function sample() {
   }
 }
 
-form.addEventListener("submit", async (event) => {
+form?.addEventListener("submit", async (event) => {
   event.preventDefault();
   if (running) return;
   part("start").disabled = true;
@@ -86,4 +86,4 @@ form.addEventListener("submit", async (event) => {
     part("stop").hidden = true;
   }
 });
-part("stop").addEventListener("click", () => running?.abort());
+part("stop")?.addEventListener("click", () => running?.abort());
