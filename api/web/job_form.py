@@ -206,7 +206,7 @@ def _of_property(
     members = [_resolved(each, definitions) for each in schema.get("anyOf", schema.get("oneOf", [schema]))]
     nullable = any(each.get("type") == "null" for each in members)
     members = [each for each in members if each.get("type") != "null"]
-    common = {"help": _help(schema), "nullable": nullable, "required": required, "when": when}
+    common: dict[str, Any] = {"help": _help(schema), "nullable": nullable, "required": required, "when": when}
     objects = [each for each in members if "properties" in each]
     if path == "memory_cap":
         yield FormField(path, "size", limits={"pattern": SIZE_PATTERN.strip("^$"), "maxlength": 40}, **common)

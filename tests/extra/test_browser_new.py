@@ -74,12 +74,17 @@ def twins(api: httpx2.Client, dataset: str) -> list[str]:
 
 
 def succeeded(api: httpx2.Client, job_id: str) -> dict[str, Any]:
-    deadline = time.monotonic() + 120
-    while (job := api.get(f"/jobs/{job_id}").json())["status"] in ("queued", "running"):
-        assert time.monotonic() < deadline, f"{job_id} takes too long"
-        time.sleep(0.3)
+    wait_until(lambda: api.get(f"/jobs/{job_id}").json()["status"] not in ("queued", "running"), f"{job_id} ends")
+    job: dict[str, Any] = api.get(f"/jobs/{job_id}").json()
     assert job["status"] == "succeeded", job["error"]
-    return dict(job)
+    return job
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, f"not within two minutes: {what}"
+        time.sleep(0.2)
 
 
 def planned(page: Any) -> str:
@@ -266,15 +271,25 @@ def test_data_comes_is_prepared_and_goes(open_page: Callable[..., Any], tmp_path
     page.get_by_label("Tokens in its vocabulary").fill("300")
     page.locator("#train").get_by_label("Name").fill("small words")
     page.get_by_role("button", name="Train", exact=True).click()
-    item.get_by_role("button", name="Delete").click()
-    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
     words = page.locator("article", has_text="small words")
-    page.locator("dialog[open]").get_by_role("button", name="Keep it").click(timeout=2_000, trial=True)
-    page.keyboard.press("Escape")
     words.get_by_text("ready").wait_for()
     words.get_by_role("button", name="Delete").click()
-    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    sure = page.get_by_role("dialog")
+    sure.get_by_role("button", name="Delete").click()
     page.get_by_text("None yet, and none is needed").wait_for()
+
+    dataset = item.get_attribute("data-dataset")
+    body = {"model": "performer-tiny", "dataset": dataset, "memory_cap": "1GiB", "sequence_length": 64, "steps": 10**6}
+    job_id = api.post("/jobs", json=body).json()["id"]
+    item.get_by_role("button", name="Delete").click()
+    sure.get_by_role("button", name="Delete").click()
+    sure.get_by_role("link", name=job_id).wait_for()
+    sure.get_by_role("button", name="Keep it").click()
+    api.post(f"/jobs/{job_id}/cancel")
+    wait_until(lambda: api.get(f"/jobs/{job_id}").json()["status"] == "cancelled", "the job is cancelled")
+    item.get_by_role("button", name="Delete").click()
+    sure.get_by_role("button", name="Delete").click()
+    item.wait_for(state="detached")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
