@@ -147,6 +147,11 @@ listen();
 
 // Actions
 
+/** A button that is gone takes the focus with it; from here Tab goes on in the page, not at its top. */
+document.addEventListener("htmx:after:swap", () => {
+  if (document.activeElement === document.body) document.getElementById("content").focus({ preventScroll: true });
+});
+
 async function act(action, body) {
   await request("POST", `/jobs/${id}/${action}`, body);
   refresh(job());
@@ -161,7 +166,6 @@ document.addEventListener("click", async (event) => {
   try {
     await act(button.dataset.action);
     button.closest("dialog")?.close();
-    document.getElementById("content").focus();
   } catch (error) {
     shown.textContent = error.message;
     shown.hidden = false;
