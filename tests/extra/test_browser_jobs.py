@@ -25,7 +25,7 @@ api = pytest.importorskip("playwright.sync_api", reason="playwright is not insta
 pytestmark = [pytest.mark.extra, pytest.mark.timeout(600)]
 
 PHONE = {"width": 390, "height": 844}
-STEPS = 50
+STEPS = 40
 MIB = 1 << 20
 READABLE = 4.5
 """WCAG 2.2, 1.4.3: contrast of text."""
@@ -50,7 +50,7 @@ def submit(stack: Running, dataset: str) -> Callable[..., str]:
             "dataset": dataset,
             "validation_fraction": 0.1,
             "memory_cap": "300MiB",
-            "sequence_length": 2_048,
+            "sequence_length": 4_096,
             "steps": STEPS,
             "optimizer": {"name": "adamw", "learning_rate": 3e-3},
             "evaluate_every": 20,
@@ -192,6 +192,7 @@ def test_a_job_from_its_first_step_to_its_download(
     assert job["attempt"] >= 3
     download_its_weights(page, files["model.safetensors"]["sha256"], tmp_path / "model.safetensors")
     page.locator("#curve-details").evaluate("element => { element.open = false; }")
+    page.locator("#timeline .warn").first.scroll_into_view_if_needed()
     shot(page, "dashboard-job")
     try_the_model(page)
 
@@ -199,14 +200,14 @@ def test_a_job_from_its_first_step_to_its_download(
 def test_the_list_is_alive_keeps_the_focus_and_cancels(
     open_page: Callable[..., Any], shot: Callable[[Any, str], Path], submit: Callable[..., str]
 ) -> None:
-    first = submit("to be cancelled", steps=100_000, memory_cap="280MiB")
+    first = submit("learning rate 3e-3", steps=100_000, memory_cap="280MiB")
     page = open_page("/")
     row = page.locator(f"#{first}")
     expect(row.locator(".state")).to_have_text("Running")
     box = page.locator(f"#pick-{first}")
     box.focus()
     page.keyboard.press("Space")
-    second = submit("another", steps=1_000)
+    second = submit("learning rate 1e-2", steps=1_000, optimizer={"name": "adamw", "learning_rate": 1e-2})
     expect(page.locator(f"#{second}")).to_be_visible()  # without a click
     expect(box).to_be_focused()
     expect(box).to_be_checked()
@@ -215,16 +216,21 @@ def test_the_list_is_alive_keeps_the_focus_and_cancels(
     page.locator(f"#pick-{second}").check()
     expect(compare).to_be_enabled()
     expect(row.locator(".progress")).to_contain_text("left")
-    expect(page.locator(f"#{second} .state")).to_have_text("Running")
+    third = submit("too wide for now", memory_cap="1700MiB")
+    for running in (first, second):
+        expect(page.locator(f"#{running} .memory")).not_to_contain_text("planned")  # it is measured
+    expect(page.locator(f"#{third} .state")).to_have_text("Queued")
+    page.mouse.move(0, 0)
     shot(page, "dashboard-jobs")
     dark = open_page("/ui/devices", color_scheme="dark")
-    expect(dark.get_by_role("link", name="to be cancelled")).to_be_visible()
+    expect(dark.get_by_role("link", name="learning rate 3e-3")).to_be_visible()
     expect(dark.get_by_text("Live")).to_be_visible()
+    expect(dark.locator(f"#waits-{third}")).to_contain_text("at most are free")
     shot(dark, "dashboard-devices")
 
-    page.get_by_role("link", name="to be cancelled").focus()
+    page.get_by_role("link", name="learning rate 3e-3").focus()
     page.keyboard.press("Enter")
-    expect(page.locator("h1")).to_have_text("to be cancelled")
+    expect(page.locator("h1")).to_have_text("learning rate 3e-3")
     press_until_focused(page, page.locator("#ask-cancel"))
     page.keyboard.press("Enter")
     dialog = page.get_by_role("dialog", name="Cancel this job?")
@@ -237,10 +243,11 @@ def test_the_list_is_alive_keeps_the_focus_and_cancels(
     page.keyboard.press("Enter")
     expect(page.locator(".head .state")).to_have_text("Cancelled")
     expect(page.locator("#job[data-every]")).to_have_count(0)
-    page.goto(f"/ui/jobs/{second}")
-    page.locator("#ask-cancel").click()
-    page.get_by_role("button", name="Cancel the job").click()
-    expect(page.locator(".head .state")).to_have_text("Cancelled")
+    for other in (third, second):
+        page.goto(f"/ui/jobs/{other}")
+        page.locator("#ask-cancel").click()
+        page.get_by_role("button", name="Cancel the job").click()
+        expect(page.locator(".head .state")).to_have_text("Cancelled")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -72,8 +72,8 @@ function chart(into, tables, label, by, shown, readout, runs) {
   const series = tables.flatMap((table, index) => {
     const stroke = colour(index ? "second" : "accent");
     // Equal losses lie on each other: both are to be seen.
-    const line = { stroke, width: index ? 2 : 4, spanGaps: true, points: { show: table[0].length < 2 }, dash: index ? [8, 6] : [] };
-    const dots = { stroke, paths: () => null, points: { show: true, size: 9, width: 2, fill: colour("card") } };
+    const line = { stroke: index ? stroke : `${stroke}90`, width: index ? 2 : 5, spanGaps: true, points: { show: table[0].length < 2 }, dash: index ? [8, 6] : [] };
+    const dots = { stroke, paths: () => null, points: { show: true, size: index ? 7 : 13, width: 2, fill: colour("card") } };
     return table.length > 2 ? [line, dots] : [line];
   });
   const options = {

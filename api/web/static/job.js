@@ -74,7 +74,7 @@ function show(curve) {
     [curve.step, curve.loss, whole ? nothing : curve.lowest_loss, whole ? nothing : curve.highest_loss, curve.validation_loss],
     marks,
   );
-  rateChart.set([curve.step, curve.learning_rate], marks);
+  rateChart.set([curve.step, curve.learning_rate], marks.map(({ at }) => ({ at, label: "" })));
   fillTable(curve);
 }
 
