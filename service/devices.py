@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, delete, exists, func, select
+from sqlalchemy import ColumnElement, case, delete, exists, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from service.errors import MemoryCapExceedsDeviceError
 from service.models import Device, Job
 from service.status import JobStatus
-from service.tenancy import EVERY_TENANT
+from service.tenancy import EVERY_TENANT, tenant_of
 
 ANNOUNCE_SECONDS = 60.0
 """Between two announcements of a worker that lives."""
@@ -102,6 +102,68 @@ def page(session: Session) -> list[DeviceState]:
         )
         for device, bytes_in_use, jobs_running, live in session.execute(query, execution_options=EVERY_TENANT)
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class Occupant:
+    """What holds a part of a device: a job of the caller's, or all those of others there together."""
+
+    device_id: str
+    memory_cap_bytes: int
+    jobs: int
+    job_id: str | None
+    """None for others."""
+    name: str | None
+    measured_peak_bytes: int | None
+
+
+def occupants(session: Session) -> list[Occupant]:
+    """Of all devices: the caller's own running jobs, oldest first, and what is held by those of other tenants."""
+    tenant = tenant_of(session)
+    own = case((Job.tenant == tenant, Job.id))
+    query = (
+        select(
+            Job.device_id,
+            func.sum(Job.memory_cap_bytes),
+            func.count(),
+            own,
+            func.max(case((Job.tenant == tenant, func.coalesce(Job.name, Job.id)))),
+            func.max(case((Job.tenant == tenant, Job.measured_peak_bytes))),
+        )
+        .where(Job.status == JobStatus.RUNNING.value, Job.device_id.is_not(None))
+        .group_by(Job.device_id, own)
+        .order_by(own.nulls_last())
+    )
+    rows = session.execute(query, execution_options=EVERY_TENANT)
+    return [
+        Occupant(device_id, int(held), jobs, job_id, name, peak) for device_id, held, jobs, job_id, name, peak in rows
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """A job of the caller's that waits, and what the service knows of why."""
+
+    id: str
+    name: str | None
+    memory_cap_bytes: int
+    blocked_since: datetime | None
+    """When it was its turn for the first time and it did not fit."""
+    kept_free: str | None
+    """The device that takes nothing that would delay this job."""
+
+
+def queue(session: Session, limit: int) -> tuple[list[Queued], bool]:
+    """The caller's first jobs that wait, in their order, and whether there are more."""
+    kept_free = select(func.min(Device.id)).where(Device.reserved_for == Job.id, _heard_within(LIVE_SECONDS))
+    query = (
+        select(Job.id, Job.name, Job.memory_cap_bytes, Job.blocked_since, kept_free.scalar_subquery())
+        .where(Job.status == JobStatus.QUEUED.value)
+        .order_by(Job.id)
+        .limit(limit + 1)
+    )
+    rows = [Queued(*row) for row in session.execute(query)]
+    return rows[:limit], len(rows) > limit
 
 
 def check_cap(session: Session, memory_cap_bytes: int) -> None:

@@ -135,6 +135,14 @@ def page(
     return newest_first(session, query, Job.id, after, limit)
 
 
+def unfinished(session: Session) -> dict[JobStatus, int]:
+    """How many jobs are in each of the states that are no end; there are never as many as there have been jobs."""
+    states = [status for status in JobStatus if status not in TERMINAL]
+    query = select(Job.status, func.count()).where(Job.status.in_(states)).group_by(Job.status)
+    counts = {JobStatus(status): count for status, count in session.execute(query)}
+    return {status: counts.get(status, 0) for status in states}
+
+
 @dataclass(frozen=True, slots=True)
 class NewCap:
     """What a paused job goes on under."""

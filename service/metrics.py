@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Row, inspect, select
+from sqlalchemy import Float, Row, func, inspect, select
 from sqlalchemy.orm import Session
 
-from service.models import Metric
+from service.errors import NotFoundError
+from service.ids import is_id
+from service.models import Job, Metric
 from service.pages import of_job
 
 
@@ -35,3 +38,42 @@ def losses_at(session: Session, job_id: str, steps: Sequence[int]) -> dict[int, 
     """Training loss of these steps, as far as they have a row."""
     query = select(Metric.step, Metric.loss).where(Metric.job_id == job_id, Metric.step.in_(steps))
     return dict(session.execute(query).all())
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """What a job's steps did, by column, oldest first. Where there are more steps than points, each point stands for
+    `width` steps in a row: the averages over them, and the least and the largest loss."""
+
+    width: int
+    step: list[int]
+    """The last one of each point."""
+    attempt: list[int]
+    loss: list[float | None]
+    lowest_loss: list[float | None]
+    highest_loss: list[float | None]
+    validation_loss: list[float | None]
+    learning_rate: list[float | None]
+    step_seconds: list[float | None]
+
+
+def curve(session: Session, job_id: str, first: int, last: int | None, points: int) -> Curve:
+    """The steps from `first` to `last` (None: the newest) in about so many points. Raises NotFoundError."""
+    if not is_id("job", job_id):
+        raise NotFoundError("job", job_id)
+    ends = select(Job.id, func.least(Job.step, last)).where(Job.id == job_id)
+    found = session.execute(ends).one_or_none()
+    if found is None:
+        raise NotFoundError("job", job_id)
+    width = max(-(-(found[1] - first + 1) // points), 1)
+    bucket = (Metric.step - first) // width
+    losses = (func.avg(Metric.loss), func.min(Metric.loss), func.max(Metric.loss), func.avg(Metric.validation_loss))
+    others = (func.avg(Metric.learning_rate), func.avg(Metric.step_seconds))
+    query = (
+        select(func.max(Metric.step), func.max(Metric.attempt), *(column.cast(Float) for column in (*losses, *others)))
+        .where(Metric.job_id == job_id, Metric.step.between(first, found[1]))
+        .group_by(bucket)
+        .order_by(func.max(Metric.step))
+    )
+    columns = list(zip(*session.execute(query).all(), strict=True)) or [()] * 8
+    return Curve(width, *(list(column) for column in columns))

@@ -56,6 +56,13 @@ def shown_number(value: float | None, digits: int = 4) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.{digits}g}"
 
 
+def plain(value: Any) -> str:
+    """As an input has it: nothing for None, and no point where a number is whole."""
+    if value is None:
+        return ""
+    return f"{value:g}" if isinstance(value, float) and value.is_integer() else str(value)
+
+
 def shown_time(moment: datetime | None) -> str:
     """In UTC, to the second; scripts put the reader's own time in its place."""
     return NOTHING if moment is None else f"{moment:%Y-%m-%d %H:%M:%S} UTC"
@@ -72,6 +79,7 @@ _environment.filters.update(
     bytes=shown_bytes,
     seconds=shown_seconds,
     number=shown_number,
+    plain=plain,
     time=shown_time,
     iso=lambda moment: moment.isoformat(),
 )

@@ -15,7 +15,7 @@ from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 from safetensors import safe_open
 
-from tests.e2e.test_up import up
+from tests.e2e.running import up
 
 MODEL = "performer-tiny"
 CAP = {"memory_cap": "1GiB"}

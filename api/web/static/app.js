@@ -71,12 +71,89 @@ export function onTheme(draw) {
   document.addEventListener("themechange", draw);
 }
 
+const AGO = new Intl.RelativeTimeFormat("en", { numeric: "auto", style: "short" });
+const SPANS = [[60, "second"], [3600, "minute"], [86400, "hour"], [7 * 86400, "day"]];
+
+/** `3 min. ago`; a date for what is more than a week old. */
+function ago(moment) {
+  const seconds = (Date.now() - moment) / 1000;
+  if (seconds < 5) return "now";
+  const index = SPANS.findIndex(([end]) => seconds < end);
+  if (index < 0) return moment.toLocaleDateString();
+  return AGO.format(-Math.floor(seconds / (index ? SPANS[index - 1][0] : 1)), SPANS[index][1]);
+}
+
+/** Times as the reader's own clock has them. */
 export function localTimes(root = document) {
   for (const element of root.querySelectorAll("time[datetime]")) {
-    element.title = element.dateTime;
-    element.textContent = new Date(element.dateTime).toLocaleString();
+    const moment = new Date(element.dateTime);
+    const whole = moment.toLocaleString();
+    element.textContent = element.hasAttribute("data-ago") ? ago(moment) : whole;
+    element.title = element.hasAttribute("data-ago") ? whole : element.dateTime;
   }
 }
+
+/** Text to the clipboard, which a page without TLS has no proper access to. */
+async function copy(text) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text);
+  const field = document.createElement("textarea");
+  field.value = text;
+  document.body.append(field);
+  field.select();
+  document.execCommand("copy");
+  field.remove();
+}
+
+document.addEventListener("click", async (event) => {
+  const button = event.target.closest("[data-copy]");
+  if (button) {
+    await copy(button.dataset.copy);
+    button.classList.add("copied");
+    say("Copied.", "unseen");
+    setTimeout(() => button.classList.remove("copied"), 1500);
+  }
+  const opener = event.target.closest("[data-opens]");
+  if (opener) document.getElementById(opener.dataset.opens).showModal();
+  const closer = event.target.closest("[data-closes]");
+  if (closer) closer.closest("dialog").close();
+});
+
+// Parts that ask for themselves again (data-every: seconds), as long as somebody can see them.
+const asked = new WeakMap();
+
+export function refresh(element) {
+  asked.set(element, Date.now());
+  element.dispatchEvent(new Event("refresh"));
+}
+
+function refreshDue(now = false) {
+  if (document.visibilityState !== "visible") return;
+  for (const element of document.querySelectorAll("[data-every]")) {
+    if (!asked.has(element)) asked.set(element, Date.now());
+    if (now || Date.now() - asked.get(element) >= element.dataset.every * 1000) refresh(element);
+  }
+}
+
+setInterval(refreshDue, 500);
+document.addEventListener("visibilitychange", () => refreshDue(true));
+
+// A service that does not answer: what is shown gets old, and the reader has to know.
+let lost = false;
+document.addEventListener("htmx:error", () => {
+  if (!lost) say("The service does not answer. What you see is what it said last; this page keeps asking.");
+  lost = true;
+});
+document.addEventListener("htmx:after:request", () => {
+  if (lost) document.getElementById("messages").replaceChildren();
+  lost = false;
+});
+
+// A refresh leaves alone what the reader has opened, and times that are in the reader's words already.
+window.htmx.registerExtension("leave-alone", {
+  htmx_before_morph_attr: (element, { attrName }) => !(attrName === "open" && element.matches("details, dialog")),
+  htmx_before_morph_node: (element, { oldNode, newNode }) =>
+    !(oldNode instanceof HTMLTimeElement && newNode instanceof HTMLTimeElement && oldNode.dateTime === newNode.dateTime),
+});
 
 document.getElementById("theme").addEventListener("click", () => {
   const dark = document.documentElement.dataset.theme
@@ -87,4 +164,5 @@ document.getElementById("theme").addEventListener("click", () => {
   document.dispatchEvent(new Event("themechange"));
 });
 localTimes();
+setInterval(() => localTimes(), 30_000);
 document.addEventListener("htmx:after:swap", () => localTimes());

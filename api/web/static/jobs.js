@@ -1,0 +1,14 @@
+// The list of jobs: two of them can be compared.
+
+function look() {
+  const button = document.getElementById("compare");
+  if (!button) return;
+  const chosen = document.querySelectorAll("#chosen input[name=job]:checked").length;
+  button.disabled = chosen !== 2;
+  document.getElementById("compare-hint").textContent =
+    chosen === 2 ? "" : chosen > 2 ? `${chosen} jobs are chosen: two can be compared.` : "Choose two jobs to compare them.";
+}
+
+document.addEventListener("change", look);
+document.addEventListener("htmx:after:swap", look);
+look();
