@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from html import unescape
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine, func, text, update
@@ -133,7 +134,7 @@ def in_each_state(shared: Engine, shared_settings: Settings) -> dict[str, str]:
     bind, storage = shared, Storage(shared_settings.data_dir)
     dataset = add_dataset(bind, storage).id
 
-    def make(name: str | None, **changes: object) -> Job:
+    def make(name: str | None, **changes: Any) -> Job:
         return add_job(bind, dataset, **{**SPEC, **changes, "name": name})
 
     found = {}
