@@ -38,13 +38,13 @@ def dataset(stack: Running, tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("data") / "topics.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in pydoc_data.topics.topics.values()))
     with Client(stack.url) as client:
-        return client.upload_dataset(path)["id"]
+        return client.datasets.upload(path)["id"]
 
 
 @pytest.fixture
 def submit(stack: Running, dataset: str) -> Callable[..., str]:
     def create(name: str, **changes: Any) -> str:
-        body = {
+        body: Any = {
             "name": name,
             "model": "performer-tiny",
             "dataset": dataset,
@@ -58,7 +58,7 @@ def submit(stack: Running, dataset: str) -> Callable[..., str]:
             "checkpoint_every": 10,
         }
         with Client(stack.url) as client:
-            return client.create_job(body | changes)["id"]
+            return client.jobs.create(**(body | changes)).id
 
     return create
 
@@ -186,10 +186,10 @@ def test_a_job_from_its_first_step_to_its_download(
     expect(page.locator(".head .state"), 240).to_have_text("Succeeded")
     expect(page.get_by_text("Cap held")).to_be_visible()
     with Client(stack.url) as client:
-        job = client.job(job_id)
-        files = {file["name"]: file for file in client.checkpoint(job_id, "final")["files"]}
-    assert job["memory_cap"] == 280 * MIB
-    assert job["attempt"] >= 3
+        job = client.jobs.get(job_id)
+        files = {file["name"]: file for file in job.checkpoint("final")["files"]}
+    assert job.memory_cap_bytes == 280 * MIB
+    assert job.data["attempt"] >= 3
     download_its_weights(page, files["model.safetensors"]["sha256"], tmp_path / "model.safetensors")
     page.locator("#curve-details").evaluate("element => { element.open = false; }")
     page.locator("#timeline .warn").first.scroll_into_view_if_needed()
