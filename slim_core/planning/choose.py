@@ -191,7 +191,11 @@ def _reason(
     if chunking is not None:
         sentences.append("The chunk length and state policy are the ones asked for.")
     else:
-        sentences.append(f"It is the fastest of {len(fitting)} schedules that fit ({len(candidates)} considered).")
+        of = f"of {len(fitting)} schedules that fit ({len(candidates)} considered)"
+        if min(c.step_seconds for c in fitting) < chosen.step_seconds:
+            sentences.append(f"It is within 2 % of the fastest {of}, and needs the least memory of those that are.")
+        else:
+            sentences.append(f"It is the fastest {of}.")
     faster = [c for c in candidates if c.peak_bytes > cap and c.step_seconds * _SIMILAR < chosen.step_seconds]
     if faster:
         next_one = min(faster, key=lambda c: c.peak_bytes)

@@ -160,7 +160,9 @@ def test_a_plan_is_consistent_and_under_the_cap(workload: Workload, share: float
     assert plan.accumulation_steps == math.ceil(workload.train.batch_size / plan.micro_batch_size)
     assert plan.predicted_total_seconds == plan.predicted_step_seconds * workload.train.steps
     assert plan.calibration_source == "by hand"
-    assert plan.reason
+    fastest = min(entry.predicted_step_seconds for entry in plan.frontier if entry.predicted_peak_bytes <= cap)
+    assert plan.predicted_step_seconds <= 1.02 * fastest
+    assert ("within 2 % of the fastest" in plan.reason) == (fastest < plan.predicted_step_seconds)
 
 
 @BOUNDED
