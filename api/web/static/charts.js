@@ -93,7 +93,7 @@ export class LineChart {
     ctx.lineWidth = devicePixelRatio;
     ctx.setLineDash([4 * devicePixelRatio, 4 * devicePixelRatio]);
     ctx.font = `${11 * devicePixelRatio}px sans-serif`;
-    for (const { at, label } of this.marks) {
+    for (const [index, { at, label }] of this.marks.entries()) {
       const x = plot.valToPos(at, "x", true);
       if (x < bbox.left || x > bbox.left + bbox.width) continue;
       ctx.beginPath();
@@ -102,7 +102,7 @@ export class LineChart {
       ctx.stroke();
       const left = x + 90 * devicePixelRatio > bbox.left + bbox.width;
       ctx.textAlign = left ? "right" : "left";
-      ctx.fillText(label, x + (left ? -5 : 5) * devicePixelRatio, bbox.top + 12 * devicePixelRatio);
+      ctx.fillText(label, x + (left ? -5 : 5) * devicePixelRatio, bbox.top + (12 + 14 * (index % 3)) * devicePixelRatio);
     }
     ctx.restore();
   }
