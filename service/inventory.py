@@ -93,6 +93,8 @@ def _look(files: Storage, expected: Expected, hashes: bool) -> str | None:
         size = files.stat(expected.path).st_size
         if expected.bytes is not None and size != expected.bytes:
             return f"has {size} bytes instead of {expected.bytes}"
+        if not files.is_whole(expected.path):
+            return "has no manifest, without which an object store does not have it"
         if hashes and expected.sha256 is not None and _sha256(files.blocks(expected.path)) != expected.sha256:
             return "does not have the SHA-256 that it was registered with"
     except (FileNotFoundError, NotADirectoryError):

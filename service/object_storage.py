@@ -101,6 +101,9 @@ class ObjectStorage(Storage):
             return True
         return any(True for _ in self._store.entries(f"{MANIFESTS}/{relative}"))
 
+    def is_whole(self, relative: str) -> bool:
+        return not self._is_gone(relative)
+
     def hold(self, relative: str, held: ExitStack, patience: Patience = NONE) -> Path:
         self.path(relative)
 

@@ -52,6 +52,14 @@ def test_it_is_valid_with_the_proxy_which_must_know_its_name() -> None:
     assert "caddy:2" in found.stdout
 
 
+def test_it_is_valid_with_an_object_store() -> None:
+    files = ("-f", "docker-compose.yml", "-f", "docker-compose.s3.yml")
+    passwords = {"POSTGRES_PASSWORD": "secret1", "REDIS_PASSWORD": "secret2"}
+    assert "set SLIMTUNE_STORAGE_URL" in config(*files, **passwords).stderr
+    found = config(*files, **passwords, SLIMTUNE_STORAGE_URL="s3://bucket/here")
+    assert found.returncode == 0, found.stderr
+
+
 @pytest.mark.parametrize("missing", ["POSTGRES_PASSWORD", "REDIS_PASSWORD"])
 def test_it_refuses_to_start_without_a_password(missing: str) -> None:
     passwords = {"POSTGRES_PASSWORD": "secret1", "REDIS_PASSWORD": "secret2"}

@@ -16,7 +16,7 @@ from sqlalchemy import Engine, text
 from starlette.testclient import TestClient
 
 from api.app import create_app
-from service import runs, storage_program, uploads
+from service import inventory, runs, storage_program, uploads
 from service.database import transaction
 from service.errors import StorageDeniedError, StorageUnavailableError
 from service.object_store import ObjectStore
@@ -269,3 +269,13 @@ def test_a_folder_with_files_of_its_own_is_not_taken_for_copies(remote: Settings
 
 def test_a_folder_is_still_what_there_is_without_a_store(settings: Settings) -> None:
     assert type(open_storage(settings)) is Storage
+
+
+def test_what_lost_its_manifest_is_missed(bind: Engine, settings: Settings, tmp_path: Path) -> None:
+    apart = settings.model_copy(update={"storage_url": f"file://{tmp_path / 'bucket'}"})
+    dataset = add_dataset(bind, open_storage(apart))
+    assert inventory.faults(bind, open_storage(apart), hashes=True) == []
+    (manifest,) = (tmp_path / "bucket" / "manifests").rglob(f"*{dataset.id}*/*.json")
+    manifest.unlink()
+    (fault,) = inventory.faults(bind, open_storage(apart))
+    assert (fault.owner, "manifest" in fault.what) == (f"datasets {dataset.id}", True)

@@ -121,6 +121,19 @@ def test_what_the_images_need_is_let_into_the_build() -> None:
     assert not {name for name in allowed if not (ROOT / name).exists()} - {"README.md"}
 
 
+def test_with_an_object_store_all_that_have_files_reach_it(compose: dict[str, Any]) -> None:
+    beside = yaml.safe_load((ROOT / "docker-compose.s3.yml").read_text())["services"]
+    with_files = {name for name, service in compose["services"].items() if "data:/data" in service.get("volumes", ())}
+    assert set(beside) == with_files - {"migrate", "webhooks"}  # which have the volume, and no use for it
+    for service in beside.values():
+        assert "default" in service["networks"]
+        assert {value for name, value in service["environment"].items() if name.startswith("AWS_")} == {None}
+    known = {name.upper() for name in Settings.model_fields} | {
+        f"SLIMTUNE_{name.upper()}" for name in Settings.model_fields
+    }
+    assert set(beside["worker"]["environment"]) <= known
+
+
 @pytest.fixture(scope="module")
 def tls() -> dict[str, Any]:
     document: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.tls.yml").read_text())
