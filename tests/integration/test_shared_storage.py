@@ -154,6 +154,15 @@ def test_a_checkpoint_of_a_job_that_runs_stays_in_doubt_for_as_long_as_it_takes(
     assert not storage.exists(path)
 
 
+def test_half_an_upload_of_a_process_that_died_goes(bind: Engine, remote: Settings, tmp_path: Path) -> None:
+    storage = open_storage(remote)
+    storage.doubt("models/model_1")  # the first of its files arrived, the manifest never did
+    ObjectStore.of(remote).put("models/model_1/model-00001-of-00002.safetensors", b"weights")
+    uploads.settle(bind, storage, older_than_seconds=-60)
+    assert not (tmp_path / "bucket/models/model_1/model-00001-of-00002.safetensors").exists()
+    assert storage.doubtful(-60) == []
+
+
 def test_what_a_preparer_makes_is_everybodys(stage: Stage) -> None:
     api = open_storage(stage.settings)
     dataset = add_dataset(stage.bind, api)
