@@ -181,7 +181,7 @@ def _unregistered(bind: Engine, files: Storage, job_id: str) -> Iterator[str]:
     """Checkpoints of a job that does not run which it does not know."""
     below = storage.checkpoints_dir(job_id)
     lying = [
-        f"{below}/{attempt}/{step}"
+        (f"{below}/{attempt}", f"{below}/{attempt}/{step}")
         for attempt in files.names_in(below)
         for step in files.names_in(f"{below}/{attempt}")
     ]
@@ -192,4 +192,5 @@ def _unregistered(bind: Engine, files: Storage, job_id: str) -> Iterator[str]:
         registered = set(session.scalars(select(Checkpoint.path).where(Checkpoint.job_id == job_id)))
         outputs = set(session.scalars(select(Model.path).where(Model.job_id == job_id)))
     if status != JobStatus.RUNNING:
-        yield from (path for path in lying if path not in registered | outputs)
+        known = registered | outputs  # of older versions a step may lie where attempts do (`storage.strays`)
+        yield from (path for folder, path in lying if folder not in known and path not in known)
