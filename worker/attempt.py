@@ -49,6 +49,10 @@ EXIT_SECONDS = 10.0
 logger = logging.getLogger(__name__)
 
 
+class _UnwantedError(Exception):
+    """Nobody wants the run any more that is being prepared."""
+
+
 class Attempt:
     """A claimed job and everything that belongs to running it once. `run` is called once."""
 
@@ -112,6 +116,8 @@ class Attempt:
             return self._train()
         except (FencedError, LeaseLostError):
             raise
+        except _UnwantedError:
+            return self._ending(None, None)
         except Exception as error:
             logger.exception("the attempt cannot go on")
             return self._broken(error)
@@ -187,7 +193,7 @@ class Attempt:
             try:
                 with ExitStack() as held:
                     folder = self._storage.hold(path, held, self._patience())
-                    reason = damage(folder, files, self._ledger.beat)
+                    reason = damage(folder, files, self._beat_while_wanted)
                     if reason is None:
                         self._held.enter_context(held.pop_all())
             except FileNotFoundError:
@@ -200,7 +206,16 @@ class Attempt:
         raise AssertionError
 
     def _patience(self) -> Patience:
-        return Patience(self._settings.storage_patience_seconds, self._ledger.beat, self._note_trouble)
+        return Patience(self._settings.storage_patience_seconds, self._beat_while_wanted, self._note_trouble)
+
+    def _beat_while_wanted(self) -> None:
+        """To read or fetch what a job goes on from may take hours. Raises FencedError, LeaseLostError, and
+        _UnwantedError as soon as the user or the worker wants it to end."""
+        self._ledger.beat()
+        if (reason := self._wanted_end()) is not None:
+            self._stopped = reason
+            self._ledger.add(Event("stopping", {"reason": reason}))
+            raise _UnwantedError(reason)
 
     def _note_trouble(self, error: StorageUnavailableError) -> None:
         logger.warning("the object store: %s", error.detail)

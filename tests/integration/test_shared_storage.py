@@ -124,6 +124,31 @@ def test_a_cancel_does_not_wait_for_the_store(stage: Stage, monkeypatch: pytest.
     assert stage.events(job_id, "trainer_failed") == []
 
 
+@pytest.mark.parametrize(("action", "status"), [("cancel", "cancelled"), ("pause", "paused")])
+def test_what_the_user_wants_does_not_wait_for_what_a_job_is_to_go_on_from(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, action: str, status: str
+) -> None:
+    job_id = stage.create_job(steps=12)
+    stage.run(job_id, crash_at=7, crash_attempts=1)
+    move_to(stage, "b")
+
+    def away(*_: Any) -> Any:
+        raise StorageUnavailableError("away")
+
+    monkeypatch.setattr(ObjectStore, "blocks", away)
+
+    def ask() -> None:
+        wait_for("the store to be missed", lambda: bool(stage.events(job_id, "storage_waiting")))
+        stage.request(job_id, action)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    job = stage.run(job_id)
+    asking.join()
+    assert (job.status, job.error) == (status, None)
+    assert len(stage.events(job_id, "trainer_failed")) == 1, "the store was not waited for until patience was over"
+
+
 def test_a_damaged_copy_is_fetched_anew_and_a_damaged_object_passed_over(stage: Stage, tmp_path: Path) -> None:
     job_id = stage.create_job(steps=30)
     stage.run(job_id, crash_at=12, crash_attempts=9)
