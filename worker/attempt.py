@@ -181,7 +181,8 @@ class Attempt:
                 break
             logger.warning("checkpoint %d is damaged: %s", step, reason)
             self._ledger.add(Event("checkpoint_damaged", {"step": step, "reason": reason}))
-            registered.discard(path)  # out of the way of the step's next checkpoint
+            if not self._storage.remote:  # else another host may find it whole: what is damaged may be this one's disk
+                registered.discard(path)  # out of the way of the step's next checkpoint
         self._ledger.hold()
         self._remove_strays(registered)
         return self._spec(self._storage.make_folder(self._job.checkpoints_dir), resume_from)

@@ -179,6 +179,20 @@ def test_a_checkpoint_of_a_job_that_runs_stays_in_doubt_for_as_long_as_it_takes(
     assert not storage.exists(path)
 
 
+def test_a_host_with_a_bad_disk_takes_nothing_from_the_others(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = stage.create_job(steps=30)
+    stage.run(job_id, crash_at=12, crash_attempts=9)
+    newest = stage.checkpoints(job_id)[0].step
+    move_to(stage, "b")
+    with monkeypatch.context() as patch:
+        patch.setattr("worker.attempt.damage", lambda *_: "has other bytes")
+        stage.run(job_id, crash_at=3, crash_attempts=9)
+    assert stage.trace(job_id)[-1]["step"] == 0
+    move_to(stage, "c")
+    stage.run(job_id, crash_at=13, crash_attempts=9)
+    assert stage.trace(job_id)[-1]["step"] == newest
+
+
 def test_half_an_upload_of_a_process_that_died_goes(bind: Engine, remote: Settings, tmp_path: Path) -> None:
     storage = open_storage(remote)
     storage.doubt("models/model_1")  # the first of its files arrived, the manifest never did
