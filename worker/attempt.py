@@ -18,7 +18,7 @@ from service.patience import Patience
 from service.runs import ClaimedJob
 from service.settings import Settings
 from service.status import Desired, JobStatus
-from service.storage import checkpoints_dir, open_storage, stderr_path
+from service.storage import Storage, checkpoints_dir, stderr_path
 from service.tracing import Span
 from slim_core.data.tokens import NO_SPACE_ERRORS
 from worker import outcome
@@ -66,13 +66,14 @@ class Attempt:
         slot: int,
         stop: StopRequest,
         span: Span,
+        storage: Storage,
     ) -> None:
         self._job = job
         self._settings = settings
         self._command = command
         self._slot = slot
         self._stop = stop
-        self._storage = open_storage(settings)
+        self._storage = storage
         self._publisher = publisher_for(self._storage, settings.storage_patience_seconds)
         self._held = ExitStack()
         """What this host must keep of stored files meanwhile."""

@@ -16,7 +16,7 @@ from sqlalchemy import Engine, text
 from starlette.testclient import TestClient
 
 from api.app import create_app
-from service import runs, storage_program, uploads
+from service import jobs, runs, storage_program, uploads
 from service.database import transaction
 from service.errors import StorageDeniedError, StorageUnavailableError
 from service.object_store import ObjectStore
@@ -313,6 +313,16 @@ def test_a_folder_with_files_of_its_own_is_not_taken_for_copies(remote: Settings
         open_storage(remote)
     open_storage(remote.model_copy(update={"data_dir": remote.data_dir / "new"})).expect("datasets/ds_1", ExitStack())
     open_storage(remote.model_copy(update={"data_dir": remote.data_dir / "new"}))
+
+
+def test_a_worker_that_cannot_have_copies_takes_no_job(stage: Stage) -> None:
+    job_id = stage.create_job(steps=5)
+    move_to(stage, "b")
+    (stage.settings.data_dir / "datasets" / "ds_1").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"service\.storage_program"):
+        stage.run(job_id)
+    with transaction(stage.bind) as session:
+        assert (jobs.get(session, job_id).status, jobs.get(session, job_id).attempt) == ("queued", 0)
 
 
 def test_a_folder_is_still_what_there_is_without_a_store(settings: Settings) -> None:
