@@ -49,17 +49,21 @@ class Fault:
 def faults(
     bind: Engine, files: Storage, *, hashes: bool = False, on_file: Callable[[], None] = lambda: None
 ) -> list[Fault]:
-    """Files that are missing, have another size, or with `hashes` another content. Of rows that go meanwhile nothing.
+    """Files that are missing, have another size, or with `hashes` another content; in an object store also what has no
+    manifest, so that no host could fetch it. Of rows that go meanwhile nothing.
 
-    Raises SQLAlchemyError, OSError.
+    Raises SQLAlchemyError, OSError, StorageUnavailableError.
     """
     found = []
     for row in _rows(bind):
         wrong = []
-        for expected in _expected(row):
+        listed = list(_expected(row))
+        for expected in listed:
             on_file()
             if (what := _look(files, expected, hashes)) is not None:
                 wrong.append(Fault(expected.path, what, _name(row)))
+        if listed and not wrong and not files.exists(stored := _stored_as(row)):
+            wrong.append(Fault(stored, "has no manifest", _name(row)))
         if wrong and _is_there(bind, row):
             found += wrong
     return found
@@ -160,6 +164,19 @@ def _expected(row: Any) -> Iterator[Expected]:
             yield Expected(f"{row.path}/config.json")
         case Checkpoint():
             yield from _of_folder(row.path, row.files)
+
+
+def _stored_as(row: Any) -> str:
+    """The file or folder that was stored as a whole."""
+    match row:
+        case Dataset():
+            return storage.dataset_path(row.id, row.format, row.compression)
+        case Tokenization():
+            return storage.tokens_dir(row.dataset_id, row.key)
+        case Model(kind="upload") if row.status != READY:
+            return storage.model_path(row.id)
+        case _:
+            return str(row.path)
 
 
 def _of_folder(path: str, records: list[dict[str, Any]]) -> Iterator[Expected]:

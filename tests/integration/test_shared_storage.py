@@ -16,7 +16,7 @@ from sqlalchemy import Engine, text
 from starlette.testclient import TestClient
 
 from api.app import create_app
-from service import jobs, runs, storage_program, uploads
+from service import inventory, jobs, prune_program, runs, storage_program, uploads, verify_program
 from service.database import transaction
 from service.errors import StorageDeniedError, StorageUnavailableError
 from service.object_store import ObjectStore
@@ -305,6 +305,41 @@ def test_a_download_comes_from_the_store(
         assert (sample.status_code, sample.json()["code"]) == (503, "storage_unavailable")
         upload = client.post("/datasets", files={"file": ("text.txt", b"text")})
         assert (upload.status_code, upload.json()["code"]) == (503, "storage_unavailable")
+
+
+def test_what_no_host_could_fetch_is_missing_to_verify(
+    bind: Engine, remote: Settings, checkpoint: tuple[ClaimedJob, bytes]
+) -> None:
+    job, _ = checkpoint
+    storage, path = open_storage(remote), f"{job.checkpoints_dir}/step-00000002"
+    assert inventory.faults(bind, storage) == []
+    ObjectStore.of(remote).delete([f"manifests/{path}.json"])
+    assert [(fault.path, fault.what) for fault in inventory.faults(bind, storage)] == [(path, "has no manifest")]
+
+
+@pytest.mark.parametrize("program", [verify_program, prune_program])
+def test_programs_say_that_the_files_cannot_be_reached(
+    remote: Settings,
+    checkpoint: tuple[ClaimedJob, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    program: Any,
+) -> None:
+    settings = remote.model_copy(update={"keep_jobs_days": 1})
+    monkeypatch.setattr(program, "load_settings", lambda: settings)
+
+    def away(*_: Any) -> Any:
+        raise StorageUnavailableError("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectStore, "entry", away)
+        if program is verify_program:
+            assert program.main([]) == 3
+            assert "does not answer" in capsys.readouterr().err
+    settings = settings.model_copy(update={"data_dir": remote.data_dir / "old"})
+    (settings.data_dir / "datasets").mkdir(parents=True)
+    assert program.main([]) == 3
+    assert "service.storage_program" in capsys.readouterr().err
 
 
 def test_a_folder_with_files_of_its_own_is_not_taken_for_copies(remote: Settings) -> None:
