@@ -20,6 +20,7 @@ from service import inventory, jobs, prune_program, runs, storage_program, uploa
 from service.database import transaction
 from service.errors import StorageDeniedError, StorageUnavailableError
 from service.object_store import ObjectStore
+from service.result_files import ResultId
 from service.runs import ClaimedJob
 from service.settings import Settings
 from service.storage import Storage, open_storage
@@ -305,6 +306,25 @@ def test_a_download_comes_from_the_store(
         assert (sample.status_code, sample.json()["code"]) == (503, "storage_unavailable")
         upload = client.post("/datasets", files={"file": ("text.txt", b"text")})
         assert (upload.status_code, upload.json()["code"]) == (503, "storage_unavailable")
+
+
+def test_a_download_holds_no_connection_while_it_waits_for_the_store(
+    remote: Settings, checkpoint: tuple[ClaimedJob, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, content = checkpoint
+    real, held = ObjectStore.entry, []
+    with TestClient(create_app(remote), base_url="http://127.0.0.1") as client:
+        pool = client.app.state.context.engine.pool  # type: ignore[attr-defined]
+
+        def entry(self: ObjectStore, key: str) -> Any:
+            held.append(pool.checkedout())
+            return real(self, key)
+
+        monkeypatch.setattr(ObjectStore, "entry", entry)
+        file_id = ResultId(job.id, 2, 1)
+        for url in (f"/jobs/{job.id}/checkpoints/2/files/model.safetensors", f"/v1/files/{file_id}/content"):
+            assert client.get(url).status_code == 200, content
+    assert held == [0, 0]
 
 
 def test_what_no_host_could_fetch_is_missing_to_verify(
