@@ -293,8 +293,11 @@ def _files(path: Path) -> list[Path]:
 
 
 def _records(path: Path, patience: Patience) -> list[FileRecord]:
+    """Raises FileNotFoundError, also where a folder has nothing in it: there is no such thing in a store."""
+    if not (files := _files(path)):
+        raise FileNotFoundError(path)
     records = []
-    for file in _files(path):
+    for file in files:
         name = file.name if file == path else str(file.relative_to(path))
         digest = hashlib.sha256()
         with file.open("rb", buffering=0) as opened:

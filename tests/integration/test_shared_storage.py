@@ -19,6 +19,7 @@ from api.app import create_app
 from service import inventory, jobs, prune_program, runs, storage_program, uploads, verify_program
 from service.database import transaction
 from service.errors import StorageDeniedError, StorageUnavailableError
+from service.object_storage import ObjectStorage
 from service.object_store import ObjectStore
 from service.result_files import ResultId
 from service.runs import ClaimedJob
@@ -216,6 +217,25 @@ def test_what_a_preparer_makes_is_everybodys(stage: Stage) -> None:
         session.execute(text("UPDATE tokenizations SET status = 'pending', retry_at = NULL"))
     assert Preparer(stage.bind, stage.settings, "w").step()  # finds it made
     assert not (stage.settings.data_dir / "datasets" / dataset.id / "data.txt").exists()
+
+
+def test_what_a_preparer_finds_made_stays_until_it_is_published(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = add_dataset(stage.bind, open_storage(stage.settings))
+    move_to(stage, "b")
+    assert Preparer(stage.bind, stage.settings, "w").step()
+    with transaction(stage.bind) as session:
+        session.execute(text("UPDATE tokenizations SET status = 'pending', retry_at = NULL"))
+    here, real, left = open_storage(stage.settings), ObjectStorage.publish, []
+
+    def publish(self: ObjectStorage, relative: str, *arguments: Any) -> None:
+        assert isinstance(here, ObjectStorage)
+        here._cache.make_room(0)  # as another slot of this host does for what it fetches
+        left.append((here.path(relative) / "meta.json").exists())
+        real(self, relative, *arguments)
+
+    monkeypatch.setattr(ObjectStorage, "publish", publish)
+    assert Preparer(stage.bind, stage.settings, "w").step()
+    assert left == [True], dataset.id
 
 
 def test_a_data_folder_is_copied_with_what_its_rows_name(

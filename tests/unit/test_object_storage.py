@@ -157,6 +157,13 @@ def test_half_a_publication_does_not_exist_and_can_be_finished(
     assert read(hold(b, STEP)) == FILES
 
 
+def test_what_is_not_there_is_not_published_as_empty(host: Callable[..., ObjectStorage]) -> None:
+    a = host("a")
+    with pytest.raises(FileNotFoundError):
+        a.publish(STEP)
+    assert not a.exists(STEP)
+
+
 def test_a_removal_that_stops_halfway_leaves_nothing_that_exists(
     host: Callable[..., ObjectStorage], bucket: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
