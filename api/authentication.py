@@ -71,14 +71,16 @@ class Authenticator:
                 raise UnauthorizedError
             if not browsers.is_own(scope, headers, token):
                 raise CsrfError
-            return await self.owner(scope, token)
+            return await self.owner(scope, token, of_session=True)
         if scheme.lower() != "bearer":
             raise self._failure(_peer(scope))
         return await self.owner(scope, key.strip(" "))
 
-    async def owner(self, scope: Scope, secret: str) -> Caller:
-        """Who has this key, or the session with this token. Raises UnauthorizedError, RateLimitedError,
-        SQLAlchemyError."""
+    async def owner(self, scope: Scope, secret: str, *, of_session: bool = False) -> Caller:
+        """Who has this key, or the session with this token: one does not stand for the other, else a session could
+        begin the next. Raises UnauthorizedError, RateLimitedError, SQLAlchemyError."""
+        if secret.startswith(web_sessions.PREFIX) is not of_session:
+            raise self._failure(_peer(scope))
         sha256 = keys.digest(secret)
         known = self._known.get(sha256)
         if known is not None:

@@ -9,6 +9,7 @@ from sqlalchemy import Select, or_, select, update
 from sqlalchemy import delete as sql_delete
 from sqlalchemy.orm import Session
 
+from service import checkpoints
 from service.errors import ModelInUseError, ModelNotReadyError, NotFoundError
 from service.ids import is_id
 from service.models import Checkpoint, Job, Model, Tokenization
@@ -76,7 +77,9 @@ def delete(session: Session, model_id: str) -> str:
         raise NotFoundError("model", model_id)
     check_unused(session, model)
     session.execute(update(Job).where(Job.output_model_id == model_id).values(output_model_id=None))
-    session.execute(sql_delete(Checkpoint).where(Checkpoint.job_id == model.job_id, Checkpoint.step == model.step))
+    output = select(Checkpoint).where(Checkpoint.job_id == model.job_id, Checkpoint.step == model.step)
+    for checkpoint in session.scalars(output).all():
+        checkpoints.drop(session, checkpoint)
     session.execute(sql_delete(Model).where(Model.id == model_id))
     return model_path(model.id) if model.kind == "upload" else model.path
 

@@ -7,7 +7,7 @@ halves.
 
 from __future__ import annotations
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, select, text
 from sqlalchemy.orm import Session
 
 from service import base_models, checkpoints
@@ -16,6 +16,9 @@ from service.ids import is_id
 from service.models import Job, Model, WebhookDelivery
 from service.status import TERMINAL, JobStatus
 from service.storage import job_dir
+
+DELETE_MILLISECONDS = 600_000
+"""For all rows of a job, of which a long curve may have tens of millions; other statements have half a minute."""
 
 
 def delete_job(session: Session, job_id: str) -> str:
@@ -37,6 +40,7 @@ def delete_job(session: Session, job_id: str) -> str:
         base_models.check_unused(session, model)
     session.execute(delete(Model).where(Model.job_id == job_id))
     session.execute(delete(WebhookDelivery).where(WebhookDelivery.job_id == job_id))
+    session.execute(text(f"SET LOCAL statement_timeout = {DELETE_MILLISECONDS}"))
     session.execute(delete(Job).where(Job.id == job_id))  # and what has it as its parent
     return job_dir(job_id)
 

@@ -49,17 +49,21 @@ class Fault:
 def faults(
     bind: Engine, files: Storage, *, hashes: bool = False, on_file: Callable[[], None] = lambda: None
 ) -> list[Fault]:
-    """Files that are missing, have another size, or with `hashes` another content. Of rows that go meanwhile nothing.
+    """Files that are missing, have another size, or with `hashes` another content; in an object store also what has no
+    manifest, so that no host could fetch it. Of rows that go meanwhile nothing.
 
-    Raises SQLAlchemyError, OSError.
+    Raises SQLAlchemyError, OSError, StorageUnavailableError.
     """
     found = []
     for row in _rows(bind):
         wrong = []
-        for expected in _expected(row):
+        listed = list(_expected(row))
+        for expected in listed:
             on_file()
             if (what := _look(files, expected, hashes)) is not None:
                 wrong.append(Fault(expected.path, what, _name(row)))
+        if listed and not wrong and not files.exists(stored := _stored_as(row)):
+            wrong.append(Fault(stored, "has no manifest", _name(row)))
         if wrong and _is_there(bind, row):
             found += wrong
     return found
@@ -93,8 +97,6 @@ def _look(files: Storage, expected: Expected, hashes: bool) -> str | None:
         size = files.stat(expected.path).st_size
         if expected.bytes is not None and size != expected.bytes:
             return f"has {size} bytes instead of {expected.bytes}"
-        if not files.is_whole(expected.path):
-            return "has no manifest, without which an object store does not have it"
         if hashes and expected.sha256 is not None and _sha256(files.blocks(expected.path)) != expected.sha256:
             return "does not have the SHA-256 that it was registered with"
     except (FileNotFoundError, NotADirectoryError):
@@ -164,6 +166,19 @@ def _expected(row: Any) -> Iterator[Expected]:
             yield from _of_folder(row.path, row.files)
 
 
+def _stored_as(row: Any) -> str:
+    """The file or folder that was stored as a whole."""
+    match row:
+        case Dataset():
+            return storage.dataset_path(row.id, row.format, row.compression)
+        case Tokenization():
+            return storage.tokens_dir(row.dataset_id, row.key)
+        case Model(kind="upload") if row.status != READY:
+            return storage.model_path(row.id)
+        case _:
+            return str(row.path)
+
+
 def _of_folder(path: str, records: list[dict[str, Any]]) -> Iterator[Expected]:
     for record in records:
         yield Expected(f"{path}/{record['name']}", record["bytes"], record["sha256"])
@@ -183,7 +198,7 @@ def _unregistered(bind: Engine, files: Storage, job_id: str) -> Iterator[str]:
     """Checkpoints of a job that does not run which it does not know."""
     below = storage.checkpoints_dir(job_id)
     lying = [
-        f"{below}/{attempt}/{step}"
+        (f"{below}/{attempt}", f"{below}/{attempt}/{step}")
         for attempt in files.names_in(below)
         for step in files.names_in(f"{below}/{attempt}")
     ]
@@ -194,4 +209,5 @@ def _unregistered(bind: Engine, files: Storage, job_id: str) -> Iterator[str]:
         registered = set(session.scalars(select(Checkpoint.path).where(Checkpoint.job_id == job_id)))
         outputs = set(session.scalars(select(Model.path).where(Model.job_id == job_id)))
     if status != JobStatus.RUNNING:
-        yield from (path for path in lying if path not in registered | outputs)
+        known = registered | outputs  # of older versions a step may lie where attempts do (`storage.strays`)
+        yield from (path for folder, path in lying if folder not in known and path not in known)

@@ -10,6 +10,7 @@ goes first. The data folder has what is on its way, what a trainer writes, and c
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -39,6 +40,8 @@ TIDY_SECONDS = 600.0
 """Between two looks for what this host need not keep."""
 LEFT_SECONDS = 86_400.0
 """Age from which a checkpoint's folder that was not published is what a crash has left."""
+LOG_SECONDS = 30 * 86_400.0
+"""Age from which the log of a trainer goes, whose job may be deleted: of that the host that ran it does not hear."""
 _BLOCK_BYTES = 1 << 22
 _FILE, _FOLDER = "file", "folder"
 
@@ -100,9 +103,6 @@ class ObjectStorage(Storage):
         if self._manifest_of(relative) is not None:
             return True
         return any(True for _ in self._store.entries(f"{MANIFESTS}/{relative}"))
-
-    def is_whole(self, relative: str) -> bool:
-        return not self._is_gone(relative)
 
     def hold(self, relative: str, held: ExitStack, patience: Patience = NONE) -> Path:
         self.path(relative)
@@ -207,6 +207,7 @@ class ObjectStorage(Storage):
         self._tidied_at = time.monotonic()
         self.clean_temporary()
         self._remove_unpublished()
+        self._remove_old_logs()
         try:
             self._cache.forget(lambda relative: self.path(relative).exists() and self._is_gone(relative))
         except StorageUnavailableError as error:
@@ -286,6 +287,15 @@ class ObjectStorage(Storage):
             if folder.stat().st_mtime < horizon and not self._cache.has(relative):
                 shutil.rmtree(folder, ignore_errors=True)
 
+    def _remove_old_logs(self) -> None:
+        horizon = time.time() - LOG_SECONDS
+        for log in self.root.glob("jobs/*/attempt-*.stderr"):
+            with contextlib.suppress(FileNotFoundError):  # another process may be at it as well
+                if log.stat().st_mtime < horizon:
+                    log.unlink()
+                    with contextlib.suppress(OSError):  # while there is more of the job, the folder stays
+                        log.parent.rmdir()
+
 
 def _manifest_key(relative: str) -> str:
     return f"{MANIFESTS}/{relative}.json"
@@ -296,8 +306,11 @@ def _files(path: Path) -> list[Path]:
 
 
 def _records(path: Path, patience: Patience) -> list[FileRecord]:
+    """Raises FileNotFoundError, also where a folder has nothing in it: there is no such thing in a store."""
+    if not (files := _files(path)):
+        raise FileNotFoundError(path)
     records = []
-    for file in _files(path):
+    for file in files:
         name = file.name if file == path else str(file.relative_to(path))
         digest = hashlib.sha256()
         with file.open("rb", buffering=0) as opened:

@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
         return _fail(f"a setting is missing or wrong: {', '.join(str(each['loc'][0]) for each in error.errors())}")
     except SQLAlchemyError as error:
         return _fail(f"the database cannot be used (is it migrated?): {getattr(error, 'orig', None) or error}")
-    except (OSError, ServiceError) as error:
+    except (OSError, ServiceError, ValueError) as error:  # of a data folder that is refused a ValueError
         return _fail(f"files cannot be deleted: {error}")
     if options.json:
         print(json.dumps({"dry_run": options.dry_run, **asdict(pruned)}))

@@ -171,10 +171,6 @@ class Storage:
         """Whether the file or folder is stored, whole, or a folder has something in it that is."""
         return self.path(relative).exists()
 
-    def is_whole(self, relative: str) -> bool:  # noqa: ARG002  # for others
-        """Whether a file that is there, or the folder that it lies in, counts as stored: in a data folder it does."""
-        return True
-
     def hold(self, relative: str, held: ExitStack, patience: Patience = NONE) -> Path:  # noqa: ARG002  # for others
         """The path of a file or folder on this host, which stays there until `held` is closed unless it is removed.
 

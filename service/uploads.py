@@ -107,13 +107,13 @@ def settle(bind: Engine, files: Storage, older_than_seconds: float = DOUBT_SECON
             has_row, is_coming = session.scalar(_has_row(folder)), session.scalar(_is_coming(folder))
         if is_coming and not has_row:
             continue
-        if has_row or not files.exists(folder):
-            files.trust(folder)
-        else:
-            logger.warning("%s has no row: removed", folder)
-            files.remove(folder)
-            files.trust(folder)
-            removed.append(folder)
+        if not has_row:
+            existed = files.exists(folder)
+            files.remove(folder)  # also what does not exist yet: files that came before their manifest
+            if existed:
+                logger.warning("%s has no row: removed", folder)
+                removed.append(folder)
+        files.trust(folder)
     return removed
 
 

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 
 from service import database, inventory
+from service.errors import ServiceError
 from service.settings import load_settings
 from service.storage import open_storage
 
@@ -30,7 +31,7 @@ def main(arguments: list[str]) -> int:
         return _fail(f"not all settings are there: {', '.join(str(each['loc'][0]) for each in error.errors())}")
     except SQLAlchemyError as error:
         return _fail(f"the database cannot be used (is it migrated?): {getattr(error, 'orig', None) or error}")
-    except OSError as error:
+    except (OSError, ServiceError, ValueError) as error:  # of a data folder that is refused a ValueError
         return _fail(f"the files cannot be read: {error}")
     if options.json:
         print(json.dumps(found))

@@ -18,7 +18,7 @@ from service.patience import Patience
 from service.runs import ClaimedJob
 from service.settings import Settings
 from service.status import Desired, JobStatus
-from service.storage import checkpoints_dir, open_storage, stderr_path
+from service.storage import Storage, checkpoints_dir, stderr_path
 from service.tracing import Span
 from slim_core.data.tokens import NO_SPACE_ERRORS
 from worker import outcome
@@ -49,6 +49,10 @@ EXIT_SECONDS = 10.0
 logger = logging.getLogger(__name__)
 
 
+class _UnwantedError(Exception):
+    """Nobody wants the run any more that is being prepared."""
+
+
 class Attempt:
     """A claimed job and everything that belongs to running it once. `run` is called once."""
 
@@ -62,13 +66,14 @@ class Attempt:
         slot: int,
         stop: StopRequest,
         span: Span,
+        storage: Storage,
     ) -> None:
         self._job = job
         self._settings = settings
         self._command = command
         self._slot = slot
         self._stop = stop
-        self._storage = open_storage(settings)
+        self._storage = storage
         self._publisher = publisher_for(self._storage, settings.storage_patience_seconds)
         self._held = ExitStack()
         """What this host must keep of stored files meanwhile."""
@@ -112,6 +117,8 @@ class Attempt:
             return self._train()
         except (FencedError, LeaseLostError):
             raise
+        except _UnwantedError:
+            return self._ending(None, None)
         except Exception as error:
             logger.exception("the attempt cannot go on")
             return self._broken(error)
@@ -175,7 +182,8 @@ class Attempt:
                 break
             logger.warning("checkpoint %d is damaged: %s", step, reason)
             self._ledger.add(Event("checkpoint_damaged", {"step": step, "reason": reason}))
-            registered.discard(path)  # out of the way of the step's next checkpoint
+            if not self._storage.remote:  # else another host may find it whole: what is damaged may be this one's disk
+                registered.discard(path)  # out of the way of the step's next checkpoint
         self._ledger.hold()
         self._remove_strays(registered)
         return self._spec(self._storage.make_folder(self._job.checkpoints_dir), resume_from)
@@ -187,7 +195,7 @@ class Attempt:
             try:
                 with ExitStack() as held:
                     folder = self._storage.hold(path, held, self._patience())
-                    reason = damage(folder, files, self._ledger.beat)
+                    reason = damage(folder, files, self._beat_while_wanted)
                     if reason is None:
                         self._held.enter_context(held.pop_all())
             except FileNotFoundError:
@@ -200,7 +208,16 @@ class Attempt:
         raise AssertionError
 
     def _patience(self) -> Patience:
-        return Patience(self._settings.storage_patience_seconds, self._ledger.beat, self._note_trouble)
+        return Patience(self._settings.storage_patience_seconds, self._beat_while_wanted, self._note_trouble)
+
+    def _beat_while_wanted(self) -> None:
+        """To read or fetch what a job goes on from may take hours. Raises FencedError, LeaseLostError, and
+        _UnwantedError as soon as the user or the worker wants it to end."""
+        self._ledger.beat()
+        if (reason := self._wanted_end()) is not None:
+            self._stopped = reason
+            self._ledger.add(Event("stopping", {"reason": reason}))
+            raise _UnwantedError(reason)
 
     def _note_trouble(self, error: StorageUnavailableError) -> None:
         logger.warning("the object store: %s", error.detail)

@@ -122,7 +122,8 @@ def _was_stopped(ending: Ending) -> bool:
     """Whether it ended because it was told to, by the supervisor or (a signal to all of a service) by others."""
     if ending.done is not None and ending.done.reason == "stopped":
         return True
-    return ending.stopped is not None and ending.failure is None and ending.status in (-signal.SIGTERM, -signal.SIGKILL)
+    told = (None, -signal.SIGTERM, -signal.SIGKILL)  # None: before there was a process
+    return ending.stopped is not None and ending.failure is None and ending.status in told
 
 
 def _rest(session: Session, job: ClaimedJob, desired: Desired, ending: Ending) -> Job:

@@ -219,9 +219,9 @@ class Preparer:
         return result | {"bytes": _size(folder)}
 
     def _is_made(self, work: Preparation, lease: Lease) -> bool:
-        """Whether an attempt that was lost has made it; it is on this host then."""
+        """Whether an attempt that was lost has made it; it is on this host then, and stays meanwhile."""
         folder = self._storage.path(work.output_path)
-        if not folder.exists() and self._storage.remote:
+        if self._storage.remote:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 self._hold(work.output_path, work, lease)

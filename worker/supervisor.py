@@ -14,6 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from service import claims, database, jobs, logs, queue, tracing
 from service.runs import ClaimedJob
 from service.settings import Settings
+from service.storage import open_storage
 from worker import spans
 from worker.attempt import Attempt
 from worker.ledger import is_outage
@@ -49,6 +50,8 @@ def supervise(
     tracing.start(settings, "slimtune-worker")
     logger.info("woken for %s", job_id)
     try:
+        # Before a job is taken, which in a folder that is refused would end by its lease, time and again.
+        storage = open_storage(settings)
         with (
             StopRequest() as stop,
             device_slot(
@@ -66,7 +69,9 @@ def supervise(
                 tracing.span("attempt", kind="consumer", parent=job.trace, attributes=spans.of_job(job)) as span,
             ):
                 logger.info("the attempt begins")
-                attempt = Attempt(job, bind, settings, command=command, slot=slot.descriptor, stop=stop, span=span)
+                attempt = Attempt(
+                    job, bind, settings, command=command, slot=slot.descriptor, stop=stop, span=span, storage=storage
+                )
                 _let_others_look(bind, settings)  # after that: the attempt counts its lease from the line above
                 attempt.run()
         _let_others_look(bind, settings)

@@ -19,7 +19,7 @@ from api.problems import STORAGE_ERRORS, documented
 from api.routes import datasets as dataset_routes
 from api.routes.datasets import UPLOAD_ERRORS
 from api.uploads import form_body, receive_upload
-from service import datasets, result_files
+from service import database, datasets, result_files
 from service.datasets import DatasetUpload
 from service.errors import ResultFileError
 from service.ids import is_id
@@ -134,9 +134,10 @@ def get(file_id: str, session: SessionDep, context: ContextDep) -> FileObject:
     response_class=Response,
     responses=documented("400 range_malformed", *MISSING, 416, "500 checkpoint_damaged") | CONTENT,
 )
-def content(file_id: str, session: SessionDep, context: ContextDep) -> Response:
+def content(file_id: str, context: ContextDep, caller: CallerDep) -> Response:
     """The bytes, of an uploaded file as they came. `Range` and `If-Range` work; `ETag` is the SHA-256 in hex."""
-    found = _get(session, context.storage, file_id)
+    with database.transaction(context.engine, caller.tenant) as session:  # over before the file is asked for
+        found = _get(session, context.storage, file_id)
     if isinstance(found, Dataset):
         stored = dataset_path(found.id, found.format, found.compression)
         # Named by us: what a client called it is for no header.

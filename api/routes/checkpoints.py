@@ -7,12 +7,12 @@ from typing import Annotated
 from fastapi import APIRouter, BackgroundTasks, Path
 from starlette.responses import Response
 
-from api.dependencies import ContextDep, SessionDep
+from api.dependencies import CallerDep, ContextDep, SessionDep
 from api.downloads import Download
 from api.errors import InvalidRequestError
 from api.problems import STORAGE_ERRORS, documented
 from api.responses import CheckpointResponse, Page
-from service import checkpoints, deletions, jobs, uploads
+from service import checkpoints, database, deletions, jobs, uploads
 
 router = APIRouter(prefix="/jobs/{job_id}/checkpoints", tags=["checkpoints"])
 
@@ -69,9 +69,10 @@ def delete(
         206: {"description": "The part that `Range` asked for."},
     },
 )
-def download(job_id: str, step: Which, name: str, session: SessionDep, context: ContextDep) -> Response:
+def download(job_id: str, step: Which, name: str, context: ContextDep, caller: CallerDep) -> Response:
     """The bytes. `Range` and `If-Range` work; `ETag` is the SHA-256 in hex, `Repr-Digest` the same by RFC 9530."""
-    checkpoint = checkpoints.get(session, jobs.get(session, job_id), step)
+    with database.reading(context.engine, caller.tenant) as session:  # over before the store is asked, which may hang
+        checkpoint = checkpoints.get(session, jobs.get(session, job_id), step)
     record = checkpoints.file_of(checkpoint, name)
     path = f"{checkpoint.path}/{record['name']}"
     return Download(context.storage, path, record["name"], record["bytes"], record["sha256"])

@@ -16,7 +16,9 @@ from starlette.testclient import TestClient
 
 from cli.embedded import _postgres_binary
 from service import inventory, verify_program
-from service.storage import Storage
+from service.database import transaction
+from service.models import Checkpoint, Job
+from service.storage import Storage, checkpoints_dir
 from tests.integration.fake_trainer import loss_at
 from tests.integration.seed import add_dataset
 from tests.integration.stage import Stage, open_stage
@@ -109,3 +111,15 @@ def test_what_is_missing_damaged_or_nobodys_is_named(
     assert stray.exists()  # for an hour
     assert storage.doubtful(-1) == ["jobs/job_of_nobody"]
     assert verify()[1]["unowned"] == []
+
+
+def test_a_checkpoint_of_before_there_were_folders_of_attempts_is_its_job_s(
+    bind: Engine, storage: Storage, job: Job
+) -> None:
+    path = f"{checkpoints_dir(job.id)}/step-00000005"
+    (storage.make_folder(path) / "model.safetensors").write_bytes(b"weights")
+    with transaction(bind) as session:
+        session.add(Checkpoint(job_id=job.id, step=5, attempt=1, files=[], path=path))
+    stray = f"{checkpoints_dir(job.id)}/step-00000004"
+    (storage.make_folder(stray) / "model.safetensors").write_bytes(b"weights")
+    assert inventory.unowned(bind, storage) == [f"{stray}/model.safetensors"]

@@ -10,10 +10,10 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, func, insert, select, update
+from sqlalchemy import Engine, func, insert, select, text, update
 from starlette.testclient import TestClient
 
-from service import checkpoints, database, jobs, prune_program, retention, runs, telemetry, uploads, webhooks
+from service import checkpoints, database, deletions, jobs, prune_program, retention, runs, telemetry, uploads, webhooks
 from service.models import Checkpoint, IdempotencyKey, Job, JobEvent, Metric, Model, WebhookDelivery
 from service.runs import ClaimedJob
 from service.settings import Settings
@@ -106,6 +106,30 @@ def test_a_job_that_is_not_over_stays(
     assert "/cancel" in answer.json()["hint"]
     with database.transaction(bind) as session:
         assert jobs.get(session, job.id).status == status
+
+
+def test_where_the_output_goes_the_best_is_another(client: TestClient, bind: Engine, finish: Finish) -> None:
+    job_id, model = finish(1, 2, 3, losses={1: 2.0, 2: 1.5, 3: 1.0})
+    assert client.get(f"/jobs/{job_id}/checkpoints/best").json()["step"] == 3
+    assert client.delete(f"/models/{model}").status_code == 204
+    assert steps_of(bind, job_id) == [2, 1]
+    assert client.get(f"/jobs/{job_id}/checkpoints/best").json()["step"] == 2
+
+
+def test_a_long_curve_has_time_to_go(bind: Engine, finish: Finish) -> None:
+    job_id, _ = finish(1)
+    slow = (
+        "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.3); RETURN OLD; END $$"
+    )
+    with bind.begin() as connection:
+        connection.execute(text(slow))
+        connection.execute(
+            text("CREATE TRIGGER slow BEFORE DELETE ON checkpoints FOR EACH ROW EXECUTE FUNCTION slow()")
+        )
+    with database.transaction(bind) as session:
+        session.execute(text("SET LOCAL statement_timeout = 100"))
+        deletions.delete_job(session, job_id)
+    assert count(bind, Job) == [0]
 
 
 def test_an_output_that_others_start_from_keeps_its_job(

@@ -16,10 +16,12 @@ from sqlalchemy import Engine, text
 from starlette.testclient import TestClient
 
 from api.app import create_app
-from service import inventory, runs, storage_program, uploads
+from service import inventory, jobs, prune_program, runs, storage_program, uploads, verify_program
 from service.database import transaction
 from service.errors import StorageDeniedError, StorageUnavailableError
+from service.object_storage import ObjectStorage
 from service.object_store import ObjectStore
+from service.result_files import ResultId
 from service.runs import ClaimedJob
 from service.settings import Settings
 from service.storage import Storage, open_storage
@@ -124,6 +126,31 @@ def test_a_cancel_does_not_wait_for_the_store(stage: Stage, monkeypatch: pytest.
     assert stage.events(job_id, "trainer_failed") == []
 
 
+@pytest.mark.parametrize(("action", "status"), [("cancel", "cancelled"), ("pause", "paused")])
+def test_what_the_user_wants_does_not_wait_for_what_a_job_is_to_go_on_from(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, action: str, status: str
+) -> None:
+    job_id = stage.create_job(steps=12)
+    stage.run(job_id, crash_at=7, crash_attempts=1)
+    move_to(stage, "b")
+
+    def away(*_: Any) -> Any:
+        raise StorageUnavailableError("away")
+
+    monkeypatch.setattr(ObjectStore, "blocks", away)
+
+    def ask() -> None:
+        wait_for("the store to be missed", lambda: bool(stage.events(job_id, "storage_waiting")))
+        stage.request(job_id, action)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    job = stage.run(job_id)
+    asking.join()
+    assert (job.status, job.error) == (status, None)
+    assert len(stage.events(job_id, "trainer_failed")) == 1, "the store was not waited for until patience was over"
+
+
 def test_a_damaged_copy_is_fetched_anew_and_a_damaged_object_passed_over(stage: Stage, tmp_path: Path) -> None:
     job_id = stage.create_job(steps=30)
     stage.run(job_id, crash_at=12, crash_attempts=9)
@@ -154,6 +181,29 @@ def test_a_checkpoint_of_a_job_that_runs_stays_in_doubt_for_as_long_as_it_takes(
     assert not storage.exists(path)
 
 
+def test_a_host_with_a_bad_disk_takes_nothing_from_the_others(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = stage.create_job(steps=30)
+    stage.run(job_id, crash_at=12, crash_attempts=9)
+    newest = stage.checkpoints(job_id)[0].step
+    move_to(stage, "b")
+    with monkeypatch.context() as patch:
+        patch.setattr("worker.attempt.damage", lambda *_: "has other bytes")
+        stage.run(job_id, crash_at=3, crash_attempts=9)
+    assert stage.trace(job_id)[-1]["step"] == 0
+    move_to(stage, "c")
+    stage.run(job_id, crash_at=13, crash_attempts=9)
+    assert stage.trace(job_id)[-1]["step"] == newest
+
+
+def test_half_an_upload_of_a_process_that_died_goes(bind: Engine, remote: Settings, tmp_path: Path) -> None:
+    storage = open_storage(remote)
+    storage.doubt("models/model_1")  # the first of its files arrived, the manifest never did
+    ObjectStore.of(remote).put("models/model_1/model-00001-of-00002.safetensors", b"weights")
+    uploads.settle(bind, storage, older_than_seconds=-60)
+    assert not (tmp_path / "bucket/models/model_1/model-00001-of-00002.safetensors").exists()
+    assert storage.doubtful(-60) == []
+
+
 def test_what_a_preparer_makes_is_everybodys(stage: Stage) -> None:
     api = open_storage(stage.settings)
     dataset = add_dataset(stage.bind, api)
@@ -167,6 +217,25 @@ def test_what_a_preparer_makes_is_everybodys(stage: Stage) -> None:
         session.execute(text("UPDATE tokenizations SET status = 'pending', retry_at = NULL"))
     assert Preparer(stage.bind, stage.settings, "w").step()  # finds it made
     assert not (stage.settings.data_dir / "datasets" / dataset.id / "data.txt").exists()
+
+
+def test_what_a_preparer_finds_made_stays_until_it_is_published(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = add_dataset(stage.bind, open_storage(stage.settings))
+    move_to(stage, "b")
+    assert Preparer(stage.bind, stage.settings, "w").step()
+    with transaction(stage.bind) as session:
+        session.execute(text("UPDATE tokenizations SET status = 'pending', retry_at = NULL"))
+    here, real, left = open_storage(stage.settings), ObjectStorage.publish, []
+
+    def publish(self: ObjectStorage, relative: str, *arguments: Any) -> None:
+        assert isinstance(here, ObjectStorage)
+        here._cache.make_room(0)  # as another slot of this host does for what it fetches
+        left.append((here.path(relative) / "meta.json").exists())
+        real(self, relative, *arguments)
+
+    monkeypatch.setattr(ObjectStorage, "publish", publish)
+    assert Preparer(stage.bind, stage.settings, "w").step()
+    assert left == [True], dataset.id
 
 
 def test_a_data_folder_is_copied_with_what_its_rows_name(
@@ -259,6 +328,60 @@ def test_a_download_comes_from_the_store(
         assert (upload.status_code, upload.json()["code"]) == (503, "storage_unavailable")
 
 
+def test_a_download_holds_no_connection_while_it_waits_for_the_store(
+    remote: Settings, checkpoint: tuple[ClaimedJob, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, content = checkpoint
+    real, held = ObjectStore.entry, []
+    with TestClient(create_app(remote), base_url="http://127.0.0.1") as client:
+        pool = client.app.state.context.engine.pool  # type: ignore[attr-defined]
+
+        def entry(self: ObjectStore, key: str) -> Any:
+            held.append(pool.checkedout())
+            return real(self, key)
+
+        monkeypatch.setattr(ObjectStore, "entry", entry)
+        file_id = ResultId(job.id, 2, 1)
+        for url in (f"/jobs/{job.id}/checkpoints/2/files/model.safetensors", f"/v1/files/{file_id}/content"):
+            assert client.get(url).status_code == 200, content
+    assert held == [0, 0]
+
+
+def test_what_no_host_could_fetch_is_missing_to_verify(
+    bind: Engine, remote: Settings, checkpoint: tuple[ClaimedJob, bytes]
+) -> None:
+    job, _ = checkpoint
+    storage, path = open_storage(remote), f"{job.checkpoints_dir}/step-00000002"
+    assert inventory.faults(bind, storage) == []
+    ObjectStore.of(remote).delete([f"manifests/{path}.json"])
+    assert [(fault.path, fault.what) for fault in inventory.faults(bind, storage)] == [(path, "has no manifest")]
+
+
+@pytest.mark.parametrize("program", [verify_program, prune_program])
+def test_programs_say_that_the_files_cannot_be_reached(
+    remote: Settings,
+    checkpoint: tuple[ClaimedJob, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    program: Any,
+) -> None:
+    settings = remote.model_copy(update={"keep_jobs_days": 1})
+    monkeypatch.setattr(program, "load_settings", lambda: settings)
+
+    def away(*_: Any) -> Any:
+        raise StorageUnavailableError("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectStore, "entry", away)
+        if program is verify_program:
+            assert program.main([]) == 3
+            assert "does not answer" in capsys.readouterr().err
+    settings = settings.model_copy(update={"data_dir": remote.data_dir / "old"})
+    (settings.data_dir / "datasets").mkdir(parents=True)
+    assert program.main([]) == 3
+    assert "service.storage_program" in capsys.readouterr().err
+
+
 def test_a_folder_with_files_of_its_own_is_not_taken_for_copies(remote: Settings) -> None:
     (remote.data_dir / "datasets" / "ds_1").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"service\.storage_program"):
@@ -267,15 +390,15 @@ def test_a_folder_with_files_of_its_own_is_not_taken_for_copies(remote: Settings
     open_storage(remote.model_copy(update={"data_dir": remote.data_dir / "new"}))
 
 
+def test_a_worker_that_cannot_have_copies_takes_no_job(stage: Stage) -> None:
+    job_id = stage.create_job(steps=5)
+    move_to(stage, "b")
+    (stage.settings.data_dir / "datasets" / "ds_1").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"service\.storage_program"):
+        stage.run(job_id)
+    with transaction(stage.bind) as session:
+        assert (jobs.get(session, job_id).status, jobs.get(session, job_id).attempt) == ("queued", 0)
+
+
 def test_a_folder_is_still_what_there_is_without_a_store(settings: Settings) -> None:
     assert type(open_storage(settings)) is Storage
-
-
-def test_what_lost_its_manifest_is_missed(bind: Engine, settings: Settings, tmp_path: Path) -> None:
-    apart = settings.model_copy(update={"storage_url": f"file://{tmp_path / 'bucket'}"})
-    dataset = add_dataset(bind, open_storage(apart))
-    assert inventory.faults(bind, open_storage(apart), hashes=True) == []
-    (manifest,) = (tmp_path / "bucket" / "manifests").rglob(f"*{dataset.id}*/*.json")
-    manifest.unlink()
-    (fault,) = inventory.faults(bind, open_storage(apart))
-    assert (fault.owner, "manifest" in fault.what) == (f"datasets {dataset.id}", True)

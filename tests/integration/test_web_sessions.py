@@ -123,6 +123,16 @@ def test_a_session_is_worth_what_its_key_is_and_lasts_a_while(
     assert seen_by_a_new_process() == 401
 
 
+def test_a_session_s_token_is_no_key_and_a_key_is_no_session(browser: TestClient, key: str) -> None:
+    log_in(browser, key)
+    token = browser.cookies[COOKIE]
+    browser.cookies.clear()
+    assert log_in(browser, token).status_code == 401, "else who has the token of a session has one without end"
+    assert browser.get("/jobs", headers={"Authorization": f"Bearer {token}"}).status_code == 401
+    browser.cookies.set(COOKIE, key)
+    assert browser.get("/jobs").status_code == 401
+
+
 def test_no_wrong_key_no_other_site_and_no_other_page(browser: TestClient, key: str) -> None:
     wrong = log_in(browser, "slim_" + "x" * 43)
     assert wrong.status_code == 401

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
+import os
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -157,6 +159,13 @@ def test_half_a_publication_does_not_exist_and_can_be_finished(
     assert read(hold(b, STEP)) == FILES
 
 
+def test_what_is_not_there_is_not_published_as_empty(host: Callable[..., ObjectStorage]) -> None:
+    a = host("a")
+    with pytest.raises(FileNotFoundError):
+        a.publish(STEP)
+    assert not a.exists(STEP)
+
+
 def test_a_removal_that_stops_halfway_leaves_nothing_that_exists(
     host: Callable[..., ObjectStorage], bucket: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,6 +286,19 @@ def test_copies_of_what_was_removed_elsewhere_go(
     monkeypatch.setattr(object_storage, "TIDY_SECONDS", 0.0)
     b.tidy()
     assert [b.path(f"datasets/ds_{n}/data.txt").exists() for n in (1, 2)] == [False, True]
+
+
+def test_logs_of_trainers_go_in_the_end(host: Callable[..., ObjectStorage]) -> None:
+    a = host("a")
+    logs = [a.path(f"jobs/job_{index}/attempt-1.stderr") for index in range(2)]
+    for log in logs:
+        log.parent.mkdir(parents=True)
+        log.write_text("Traceback")
+    old = time.time() - object_storage.LOG_SECONDS - 60
+    os.utime(logs[0], (old, old))
+    a.tidy()
+    assert [log.exists() for log in logs] == [False, True], "no deletion of the job reaches this host"
+    assert not logs[0].parent.exists()
 
 
 def test_strays_go_on_this_host_and_in_the_store(host: Callable[..., ObjectStorage], bucket: Path) -> None:
