@@ -5,17 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Select, or_, select, update
-from sqlalchemy import delete as sql_delete
+from sqlalchemy import Select, or_, select
 from sqlalchemy.orm import Session
 
-from service import checkpoints
 from service.errors import ModelInUseError, ModelNotReadyError, NotFoundError
 from service.ids import is_id
-from service.models import Checkpoint, Job, Model, Tokenization
+from service.models import Job, Model, Tokenization
 from service.pages import newest_first
 from service.status import READY, TERMINAL, UNFINISHED
-from service.storage import model_path
 
 GGUF_FILE = "model.gguf"
 """What an uploaded .gguf is called in its model's folder."""
@@ -63,25 +60,6 @@ def ready(session: Session, model_id: str, keep: bool = False) -> Model:
 def page(session: Session, after: str | None = None, limit: int = 20) -> tuple[list[Model], bool]:
     """Up to `limit` models older than the model `after`, newest first, and whether there are more."""
     return newest_first(session, select(Model), Model.id, after, limit)
-
-
-def delete(session: Session, model_id: str) -> str:
-    """Delete the model, and the checkpoint that an output is; returns the folder to remove after the commit.
-
-    Raises NotFoundError, and ModelInUseError while an unfinished job starts from it, or an unfinished job or
-    preparation needs its tokenizer.
-    """
-    query = select(Model).where(Model.id == model_id).with_for_update()
-    model = session.scalars(query).one_or_none() if is_id("model", model_id) else None
-    if model is None:
-        raise NotFoundError("model", model_id)
-    check_unused(session, model)
-    session.execute(update(Job).where(Job.output_model_id == model_id).values(output_model_id=None))
-    output = select(Checkpoint).where(Checkpoint.job_id == model.job_id, Checkpoint.step == model.step)
-    for checkpoint in session.scalars(output).all():
-        checkpoints.drop(session, checkpoint)
-    session.execute(sql_delete(Model).where(Model.id == model_id))
-    return model_path(model.id) if model.kind == "upload" else model.path
 
 
 def check_unused(session: Session, model: Model) -> None:

@@ -1,4 +1,4 @@
-"""Jobs and their checkpoints go: the rows in the caller's transaction, the files after its commit.
+"""Jobs, their checkpoints, and models go: the rows in the caller's transaction, the files after its commit.
 
 Each function returns the folder, relative to the data folder, that the caller is to retire then (`Storage.retire`),
 after it has noted before the commit that the rows go (`uploads.leave`). Whatever dies in between, nothing is left by
@@ -7,15 +7,15 @@ halves.
 
 from __future__ import annotations
 
-from sqlalchemy import delete, select, text
+from sqlalchemy import delete, select, text, update
 from sqlalchemy.orm import Session
 
 from service import base_models, checkpoints
 from service.errors import CheckpointInUseError, JobUnfinishedError, NotFoundError
 from service.ids import is_id
-from service.models import Job, Model, WebhookDelivery
+from service.models import Checkpoint, Job, Model, WebhookDelivery
 from service.status import TERMINAL, JobStatus
-from service.storage import job_dir
+from service.storage import job_dir, model_path
 
 DELETE_MILLISECONDS = 600_000
 """For all rows of a job, of which a long curve may have tens of millions; other statements have half a minute."""
@@ -59,6 +59,25 @@ def delete_checkpoint(session: Session, job_id: str, step: int) -> str:
         raise CheckpointInUseError(job_id, step)
     checkpoints.drop(session, row)
     return row.path
+
+
+def delete_model(session: Session, model_id: str) -> str:
+    """Delete the model, and the checkpoint that an output is; whose best is another then.
+
+    Raises NotFoundError, and ModelInUseError while an unfinished job starts from it, or an unfinished job or
+    preparation needs its tokenizer.
+    """
+    query = select(Model).where(Model.id == model_id).with_for_update()
+    model = session.scalars(query).one_or_none() if is_id("model", model_id) else None
+    if model is None:
+        raise NotFoundError("model", model_id)
+    base_models.check_unused(session, model)
+    session.execute(update(Job).where(Job.output_model_id == model_id).values(output_model_id=None))
+    output = select(Checkpoint).where(Checkpoint.job_id == model.job_id, Checkpoint.step == model.step)
+    for checkpoint in session.scalars(output).all():
+        checkpoints.drop(session, checkpoint)
+    session.execute(delete(Model).where(Model.id == model_id))
+    return model_path(model.id) if model.kind == "upload" else model.path
 
 
 def _locked(session: Session, job_id: str) -> Job:

@@ -13,7 +13,7 @@ from api.model_check import check_model
 from api.problems import STORAGE_ERRORS, documented
 from api.responses import ModelResponse, Page
 from api.uploads import form_body, receive_files
-from service import base_models, uploads
+from service import base_models, deletions, uploads
 from service.errors import BuiltinModelError
 from service.model_uploads import ACCEPTED, MAX_FILES, ModelUpload
 from slim_core.config import BUILTIN_MODELS
@@ -102,6 +102,6 @@ def delete(model_id: str, session: SessionDep, context: ContextDep, background: 
     """Of an output, this deletes the checkpoint that it is. Refused while a job that is not finished starts from it."""
     if model_id in BUILTIN_MODELS:
         raise BuiltinModelError(model_id)
-    folder = base_models.delete(session, model_id)
+    folder = deletions.delete_model(session, model_id)
     uploads.leave(context.storage, folder)
     background.add_task(uploads.remove_left, context.storage, folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import Engine
 
-from service import base_models, checkpoints, jobs, runs
+from service import base_models, checkpoints, deletions, jobs, runs
 from service.database import transaction
 from service.errors import ModelInUseError, NotFoundError
 from service.models import Job
@@ -100,7 +100,7 @@ def test_final_is_the_output_and_never_another_checkpoint(bind: Engine, storage:
         ended = runs.finish(session, job.id, run.attempt, "succeeded")
         assert checkpoints.get(session, ended, "final").step == 4
         assert ended.output_model_id is not None
-        base_models.delete(session, ended.output_model_id)
+        deletions.delete_model(session, ended.output_model_id)
     with transaction(bind) as session:
         left = jobs.get(session, job.id)
         assert checkpoints.get(session, left, "latest").step == 2
@@ -127,11 +127,11 @@ def test_a_model_is_kept_while_an_unfinished_job_starts_from_it(bind: Engine, st
     claimed = claim(bind, second.id)
     assert claimed.initial_weights_path == f"jobs/{job.id}/checkpoints/attempt-0001/step-00000001"
     with transaction(bind) as session, pytest.raises(ModelInUseError) as caught:
-        base_models.delete(session, model_id)
+        deletions.delete_model(session, model_id)
     assert caught.value.fields["jobs"] == [second.id]
     with transaction(bind) as session:
         runs.finish(session, second.id, claimed.attempt, "cancelled")
-        assert base_models.delete(session, model_id) == claimed.initial_weights_path
+        assert deletions.delete_model(session, model_id) == claimed.initial_weights_path
         assert base_models.page(session) == ([], False)
         assert jobs.get(session, job.id).output_model_id is None
         with pytest.raises(NotFoundError):
