@@ -26,10 +26,11 @@ from typing import Self
 from urllib.parse import quote, unquote
 
 from service.errors import FilesDamagedError, StorageUnavailableError
+from service.incoming_files import FileRecord
 from service.object_store import ObjectStore
 from service.patience import NONE, Patience
 from service.settings import Settings
-from service.storage import FileRecord, Storage
+from service.storage import Storage
 from service.storage_cache import Cache
 
 MANIFESTS = "manifests"

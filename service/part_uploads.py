@@ -28,9 +28,10 @@ from service.errors import (
 )
 from service.filenames import clean_filename
 from service.ids import is_id, new_id
+from service.incoming_files import Upload
 from service.limits import UNLIMITED, Limits
 from service.models import PartUpload, UploadPart
-from service.storage import PARTS, Storage, Upload, parts_dir
+from service.storage import PARTS, Storage, parts_dir
 from service.upload_states import CANCELLED, EXPIRED, PENDING, is_claimed, is_open, keeps_parts
 
 MAX_PART_BYTES = 64 * 1024**2

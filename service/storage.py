@@ -21,8 +21,6 @@ object store.
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import logging
 import os
 import secrets
@@ -31,11 +29,10 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
 from urllib.parse import quote, unquote
 
-from service.errors import StorageFullError, UploadTooLargeError
+from service.errors import StorageFullError
+from service.incoming_files import FileRecord, FolderUpload, Upload, move, sync_folder, translated
 from service.patience import NONE, Patience
 from service.settings import Settings
 
@@ -113,9 +110,6 @@ def parts_dir(upload_id: str) -> str:
 
 _BLOCK_BYTES = 1 << 20
 
-FileRecord = dict[str, Any]
-"""{name, bytes, sha256 in hex} of a file of a folder; `name` is relative to that."""
-
 
 def open_storage(settings: Settings) -> Storage:
     """Where the settings say that files lie. Connects to nothing."""
@@ -151,7 +145,7 @@ class Storage:
             self._tmp.mkdir(parents=True, exist_ok=True)
             return Upload(self._tmp / f"upload-{secrets.token_hex(8)}", limit_bytes, self._place_file)
         except OSError as error:
-            raise _translated(error) from error
+            raise translated(error) from error
 
     def folder_upload(self, limit_bytes: int) -> FolderUpload:
         """A folder to write an upload of several files into; use it as a context manager. Raises StorageFullError."""
@@ -159,13 +153,13 @@ class Storage:
             self._tmp.mkdir(parents=True, exist_ok=True)
             return FolderUpload(self._tmp / f"upload-{secrets.token_hex(8)}", limit_bytes, self._place_folder)
         except OSError as error:
-            raise _translated(error) from error
+            raise translated(error) from error
 
     def _place_file(self, temporary: Path, relative: str, _record: FileRecord) -> None:
-        _move(temporary, self.path(relative))
+        move(temporary, self.path(relative))
 
     def _place_folder(self, temporary: Path, relative: str, _records: Sequence[FileRecord]) -> None:
-        _move(temporary, self.path(relative))
+        move(temporary, self.path(relative))
 
     def exists(self, relative: str) -> bool:
         """Whether the file or folder is stored, whole, or a folder has something in it that is."""
@@ -273,7 +267,7 @@ class Storage:
             self._doubt(relative).touch()
             sync_folder(folder)
         except OSError as error:
-            raise _translated(error) from error
+            raise translated(error) from error
 
     def names_in(self, relative: str) -> list[str]:
         """What lies in a folder; nothing where there is none."""
@@ -308,153 +302,6 @@ class Storage:
         return len(stale)
 
 
-class Upload:
-    """One file being written: temporary until `commit`, gone if the block ends without one."""
-
-    def __init__(
-        self, temporary: Path, limit_bytes: int, place: Callable[[Path, str, FileRecord], None] | None = None
-    ) -> None:
-        """`place` is what `commit` does with the file, one of a folder has none."""
-        self._temporary = temporary
-        self._place = place
-        self._limit_bytes = limit_bytes
-        self._file = temporary.open("xb")
-        self._hash = hashlib.sha256()
-        self.bytes = 0
-
-    @property
-    def sha256(self) -> str:
-        """Of the bytes so far, in hex."""
-        return self._hash.hexdigest()
-
-    def write(self, data: bytes) -> None:
-        """Append. Raises UploadTooLargeError past the limit, StorageFullError on a full disk."""
-        self.bytes += len(data)
-        if self.bytes > self._limit_bytes:
-            raise UploadTooLargeError(self._limit_bytes)
-        self._hash.update(data)
-        try:
-            self._file.write(data)
-        except OSError as error:
-            raise _translated(error) from error
-
-    def seal(self) -> None:
-        """No more bytes: those that came are on disk. Raises StorageFullError."""
-        if self._file.closed:
-            return
-        try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-        except OSError as error:
-            raise _translated(error) from error
-
-    def commit(self, relative: str) -> None:
-        """Make the file durable under this path: synced, renamed, the folders synced; or stored.
-
-        Raises StorageFullError, StorageUnavailableError.
-        """
-        self.seal()
-        if self._place is None:
-            raise ValueError("commit: the file is one of a folder")
-        record = {"name": Path(relative).name, "bytes": self.bytes, "sha256": self.sha256}
-        self._place(self._temporary, relative, record)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._temporary.unlink(missing_ok=True)
-        try:
-            self._file.close()
-        except OSError:  # the buffer did not fit on a full disk; the file is unlinked already
-            if kind is None:
-                raise
-
-
-class FolderUpload:
-    """Files being written into one folder: temporary until `commit`, gone if the block ends without one."""
-
-    def __init__(
-        self, temporary: Path, limit_bytes: int, place: Callable[[Path, str, Sequence[FileRecord]], None]
-    ) -> None:
-        """`limit_bytes` for all files together; `place` is what `commit` does with them."""
-        self.folder = temporary
-        self._place = place
-        self._limit_bytes = limit_bytes
-        self._files: dict[str, Upload] = {}
-        self.bytes = 0
-        temporary.mkdir()
-
-    @property
-    def files(self) -> list[FileRecord]:
-        """{name, bytes, sha256} of each file that has begun, in that order."""
-        return [{"name": name, "bytes": file.bytes, "sha256": file.sha256} for name, file in self._files.items()]
-
-    def begin(self, name: str, limit_bytes: int) -> None:
-        """A file of this name follows, of at most `limit_bytes`; it must not have begun before.
-
-        Raises StorageFullError.
-        """
-        self.seal()
-        try:
-            self._files[name] = Upload(self.folder / name, limit_bytes)
-        except OSError as error:
-            raise _translated(error) from error
-
-    def write(self, data: bytes) -> None:
-        """Append to the file that began last. Raises UploadTooLargeError, StorageFullError."""
-        self.bytes += len(data)
-        if self.bytes > self._limit_bytes:
-            raise UploadTooLargeError(self._limit_bytes)
-        self._last.write(data)
-        os.utime(self.folder)  # for clean_temporary: it is not one that a crash has left
-
-    def seal(self) -> None:
-        """The file that began last is whole and on disk. Raises StorageFullError."""
-        if self._files:
-            self._last.seal()
-
-    def commit(self, relative: str) -> None:
-        """Make the folder with all its files durable under this path.
-
-        Raises StorageFullError, StorageUnavailableError.
-        """
-        self.seal()
-        try:
-            sync_folder(self.folder)
-        except OSError as error:
-            raise _translated(error) from error
-        self._place(self.folder, relative, self.files)
-
-    @property
-    def _last(self) -> Upload:
-        return next(reversed(self._files.values()))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._files:
-            self._last.__exit__(kind, error, trace)
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _move(temporary: Path, destination: Path) -> None:
-    """Give a file or folder its name, which no power cut takes back. Raises StorageFullError."""
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        temporary.rename(destination)
-        for folder in (destination.parent, destination.parent.parent):
-            sync_folder(folder)
-    except OSError as error:
-        raise _translated(error) from error
-
-
 def strays(checkpoints_dir: Path, registered: frozenset[Path]) -> list[Path]:
     """What lies below `checkpoints_dir` and is neither `registered` nor above what is, so that no row knows it.
 
@@ -481,16 +328,3 @@ def _is_older(entry: Path, horizon: float) -> bool:
         return entry.lstat().st_mtime < horizon
     except FileNotFoundError:
         return False
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _translated(error: OSError) -> Exception:
-    return StorageFullError() if error.errno in (errno.ENOSPC, errno.EDQUOT) else error

@@ -22,12 +22,13 @@ from sqlalchemy.orm import Session
 from service import database, preparations
 from service.base_models import GGUF_FILE
 from service.errors import StorageUnavailableError
+from service.incoming_files import FileRecord
 from service.models import Checkpoint, Dataset, Model, Tokenization, Tokenizer
 from service.object_storage import ObjectStorage
 from service.patience import Patience
 from service.settings import load_settings
 from service.status import READY
-from service.storage import FileRecord, model_path, tokens_dir
+from service.storage import model_path, tokens_dir
 
 PATIENCE_SECONDS = 300.0
 
