@@ -61,6 +61,11 @@ def supervise(
             if slot is None:
                 logger.info("all slots are in use")
                 return
+            if not storage.is_reachable():
+                # Jobs that wait have nothing to lose. One that was taken would be paused after its patience, for
+                # somebody to resume; so would all that wait, one after the other, by one host that cannot reach it.
+                logger.warning("nothing claimed: the files cannot be reached")
+                return
             job = None if stop.requested else _claim(bind, settings, device, slot)
             if job is None:
                 return

@@ -400,5 +400,16 @@ def test_a_worker_that_cannot_have_copies_takes_no_job(stage: Stage) -> None:
         assert (jobs.get(session, job_id).status, jobs.get(session, job_id).attempt) == ("queued", 0)
 
 
+def test_a_host_that_cannot_reach_the_store_takes_no_job(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(_store: ObjectStore, _folder: str) -> None:
+        raise StorageDeniedError("expired")
+
+    job_id = stage.create_job(steps=5)
+    with monkeypatch.context() as away:
+        away.setattr(ObjectStore, "check", check)
+        assert (stage.run(job_id).status, stage.run(job_id).attempt) == ("queued", 0)
+    assert stage.run(job_id).status == "succeeded"
+
+
 def test_a_folder_is_still_what_there_is_without_a_store(settings: Settings) -> None:
     assert type(open_storage(settings)) is Storage
