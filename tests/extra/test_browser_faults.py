@@ -55,7 +55,7 @@ def paused(client: Client, dataset: str) -> Iterator[str]:
 
 
 def is_look(request: Any) -> bool:
-    return request.headers.get("hx-request") == "true"
+    return bool(request.headers.get("hx-request") == "true")
 
 
 @pytest.mark.parametrize("body", ["", "<html><body><h1>Bad gateway</h1></body></html>"])
@@ -221,10 +221,10 @@ def test_an_older_answer_of_the_lists_does_not_win(
 
     def hold(route: Any) -> None:
         if held:
-            return route.continue_()
+            route.continue_()
+            return
         held.append(route)
         arrived.set()
-        return None
 
     page.route("**/ui/data/lists*", hold)
     page.locator("#tokenize").click()  # asks for the lists, whose answer is late
