@@ -22,6 +22,7 @@ pytestmark = pytest.mark.extra
 
 expect = api.expect
 BODY: Any = {"model": "performer-tiny", "memory_cap": "300MiB", "sequence_length": 256, "steps": 8}
+METADATA = {"plain": "text", "a=b": "two\nlines", '"q': ' "x" ', "__proto__": "=", "path": "C:\\new", "شعر": "\u2028"}
 PROBLEM = {"title": "Unavailable", "detail": "No database.", "code": "database_unavailable", "status": 503}
 
 
@@ -41,7 +42,8 @@ def dataset(client: Client, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def done(client: Client, dataset: str) -> str:
     """A job that has succeeded."""
-    return client.jobs.create(**BODY, dataset=dataset, name="done").wait(timeout_seconds=120).id
+    job = client.jobs.create(**BODY, dataset=dataset, name="done", metadata=METADATA)
+    return job.wait(timeout_seconds=120).id
 
 
 @pytest.fixture
@@ -237,3 +239,33 @@ def test_an_older_answer_of_the_lists_does_not_win(
     held[0].fulfill(body=stale, content_type="text/html")
     page.wait_for_timeout(500)
     expect(page.locator(f"#{dataset['id']}")).to_have_count(0)
+
+
+def test_a_job_like_another_has_its_metadata(open_page: Callable[..., Any], done: str) -> None:
+    page = open_page(f"/ui/new?from={done}")
+    page.locator("#as-request summary").click()
+    page.locator("#tab-json").click()
+    assert json.loads(page.locator("#snippet").text_content())["metadata"] == METADATA
+
+
+def test_a_curve_with_zeros_and_gaps_has_a_logarithm(open_page: Callable[..., Any], done: str) -> None:
+    losses = [4.0, 0.0, None, 1e-9, 3.0, None, 0.0]
+    nothing = [None] * len(losses)
+    columns = {
+        "width": 2,
+        "step": list(range(1, 8)),
+        "attempt": [1] * 7,
+        "loss": losses,
+        "lowest_loss": losses,
+        "highest_loss": losses,
+        **dict.fromkeys(("validation_loss", "learning_rate", "step_seconds"), nothing),
+    }
+    page = open_page("/")
+    page.route("**/curve?*", lambda route: route.fulfill(json=columns))
+    for values in (losses, nothing, [0.0] * 7):
+        columns.update(dict.fromkeys(("loss", "lowest_loss", "highest_loss"), values))
+        page.goto(f"/ui/jobs/{done}")
+        expect(page.locator("#loss-chart canvas")).to_be_visible()
+        page.locator("#log-scale").check()
+        expect(page.locator("#log-scale")).to_be_checked()
+        expect(page.locator("#loss-chart canvas")).to_be_visible()
