@@ -269,3 +269,16 @@ def test_a_curve_with_zeros_and_gaps_has_a_logarithm(open_page: Callable[..., An
         page.locator("#log-scale").check()
         expect(page.locator("#log-scale")).to_be_checked()
         expect(page.locator("#loss-chart canvas")).to_be_visible()
+
+
+@pytest.mark.parametrize("width", [390, 320])
+def test_the_longest_names_fit_a_phone(
+    open_page: Callable[..., Any], client: Client, tmp_path: Path, width: int
+) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text("a text")
+    client.datasets.upload(path, name="x" * 120 + "\u202eright to left" + "y" * 60)
+    for address in ("/ui/data", "/ui/new", "/ui/compare", "/ui/devices", "/"):
+        page = open_page(address, viewport={"width": width, "height": 800})
+        page.wait_for_load_state("networkidle")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, address
