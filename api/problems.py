@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Scope
 
@@ -73,7 +74,7 @@ def problem_response(
         "error": {"message": detail, "type": kind, "code": code, "param": param},
     }
     body = _short(fields or {}, MAX_PROBLEM_BYTES - len(json.dumps(body))) | body
-    if web.is_page(scope["path"]):
+    if web.is_page(scope["path"]) and Headers(scope=scope).get("accept") != "application/json":
         return problem_page.response(scope, body, headers)
     return Response(json.dumps(body, allow_nan=False).encode(), status, headers, MEDIA_TYPE)
 

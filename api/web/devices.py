@@ -79,7 +79,7 @@ def _why(job: Queued, place: int, live: list[DeviceState]) -> str:
         return f"Larger than every live device: the largest has {shown_bytes(largest)}."
     if job.kept_free is not None:
         return f"{job.kept_free} is kept free for it: it starts when enough of what runs there has ended."
-    free = max(device.memory_bytes - device.bytes_in_use for device in large_enough)
+    free = max(0, *(device.memory_bytes - device.bytes_in_use for device in large_enough))
     if job.blocked_since is not None:
         why = f"It is its turn, but {shown_bytes(free)} at most are free."
     elif place > 1:

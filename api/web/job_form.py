@@ -5,6 +5,7 @@ Names, order and groups are written here; what the schema has beyond them comes 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -170,11 +171,25 @@ HELP = {
     "early_stopping": "Stop when the validation loss no longer improves. Needs evaluations.",
     "tokenizer": "The built-in model gets its vocabulary; without one it reads bytes.",
     "chunking": "",
-    "metadata": "Up to 16 lines `key=value` of your own; we only keep them.",
+    "metadata": "Up to 16 lines `key=value` of your own, in double quotes where they need `\\n`; we only keep them.",
 }
 """In place of the schema's descriptions where those speak to programs."""
 
 _MISSING = object()
+
+
+def pair_lines(pairs: Mapping[str, str] | None) -> str:
+    """A line `key=value` of each, as form.js reads them: what would be read as something else is in JSON's quotes."""
+    return "\n".join(f"{_line_part(key, '=')}={_line_part(value)}" for key, value in (pairs or {}).items())
+
+
+def _line_part(text: str, ends: str = "") -> str:
+    plain = (
+        text == text.strip()
+        and not text.startswith('"')
+        and not any(mark in text for mark in ("\n", "\r", ends or "\n"))
+    )
+    return text if plain else json.dumps(text, ensure_ascii=False)
 
 
 def _at(spec: Mapping[str, Any], path: str) -> Any:

@@ -90,6 +90,7 @@ def form(
         key=uuid.uuid4(),
         data_files=DATA_FILES,
         choice_names=CHOICE_NAMES,
+        pair_lines=job_form.pair_lines,
     )
 
 

@@ -30,7 +30,7 @@ def shown_bytes(count: float | None) -> str:
     if count is None:
         return NOTHING
     size, unit = float(count), 0
-    while abs(size) >= 1_000 and unit < len(UNITS) - 1:
+    while abs(size) >= 999.5 and unit < len(UNITS) - 1:
         size, unit = size / 1_024, unit + 1
     return f"{size:.3g} {UNITS[unit]}"
 
@@ -56,6 +56,11 @@ def shown_number(value: float | None, digits: int = 4) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.{digits}g}"
 
 
+def shown_ratio(ratio: float) -> str:
+    """Two digits, and all of those before the point: `0.35`, `2.1`, `1,234`."""
+    return f"{ratio:.2g}" if ratio < 99.5 else f"{ratio:,.0f}"
+
+
 def plain(value: Any) -> str:
     """As an input has it: nothing for None, and no point where a number is whole."""
     if value is None:
@@ -79,6 +84,7 @@ _environment.filters.update(
     bytes=shown_bytes,
     seconds=shown_seconds,
     number=shown_number,
+    ratio=shown_ratio,
     plain=plain,
     time=shown_time,
     iso=lambda moment: moment.isoformat(),

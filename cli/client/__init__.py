@@ -131,6 +131,6 @@ class Client:
         """What is missing for a job to run now: `api`, or any of the checks of /readyz: `database`, `schema`, `broker`,
         `worker`, `storage`. Raises nothing."""
         status, answer = self._connection.try_get("/readyz")
-        if status not in (200, 503):
+        if status not in (200, 503) or not isinstance(answer, dict) or "checks" not in answer:
             return ["api"]
         return [name for name, there in answer["checks"].items() if not there]

@@ -104,7 +104,7 @@ class Connection:
             timeout = httpx2.Timeout(timeout.connect, read=read_seconds)
         try:
             with self._http.stream(method, path, timeout=timeout, **arguments) as response:
-                if response.is_error:
+                if not response.is_success:
                     response.read()
                     _raise_for_problem(response)
                 yield response
@@ -119,7 +119,12 @@ class Connection:
         except httpx2.TransportError as error:
             raise self._unreachable(method, path, error) from error
         _raise_for_problem(response)
-        return response.json() if response.content else None
+        if not response.content:
+            return None
+        try:
+            return response.json()
+        except ValueError as error:
+            raise _not_ours(response, "what is answered is no JSON") from error
 
     def _unreachable(self, method: str, path: str, error: httpx2.TransportError) -> UnavailableError:
         found = _lost(f"{method} {path}: no answer from {self._http.base_url} ({error})")
@@ -153,8 +158,10 @@ def problem_error(where: str, status: int, problem: dict[str, Any]) -> ServiceEr
 
 def _raise_for_problem(response: httpx2.Response) -> None:
     """Errors come as application/problem+json; one that does not was not made by the service."""
-    if not response.is_error:
+    if response.is_success:
         return
+    if response.has_redirect_location:
+        raise _not_ours(response, f"it sends to {response.headers['location']}")
     where = f"{response.request.method} {response.request.url.path}"
     if response.headers.get("content-type", "").startswith("application/problem+json"):
         error = problem_error(where, response.status_code, response.json())
@@ -163,6 +170,12 @@ def _raise_for_problem(response: httpx2.Response) -> None:
     seconds = response.headers.get("retry-after", "")
     error.retry_after_seconds = float(seconds) if seconds.isdecimal() else None
     raise error
+
+
+def _not_ours(response: httpx2.Response, why: str) -> ServiceError:
+    """Something else answers at this address, a proxy for example: what it says helps nobody who looks for a job."""
+    message = f"{response.request.method} {response.request.url}: {why}; is this the address of the service?"
+    return ServiceError(message, status=response.status_code, code="unknown")
 
 
 def _lost(message: str) -> UnavailableError:

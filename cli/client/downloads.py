@@ -78,15 +78,22 @@ def _continue(
     """Append what is missing of the file. `If-Range`: all of it, where the service has another one by now."""
     have = output.tell()
     if have >= file["bytes"]:
-        have = output.truncate(0)
+        have = _emptied(output)
     headers = {"Range": f"bytes={have}-", "If-Range": f'"{file["sha256"]}"'} if have else {}
     with connection.stream("GET", path, headers=headers) as response:
         if have and response.status_code != PARTIAL:
-            have = output.truncate(0)
+            have = _emptied(output)
         # As they come: pieces of a given size would lose what came of the last one when the line breaks.
         for chunk in response.iter_bytes():
             have += output.write(chunk)
             on_bytes(file, have)
+
+
+def _emptied(output: BinaryIO) -> int:
+    """Where the next byte goes. Cutting a file alone leaves its position where it was, which is what a later try would
+    go on from."""
+    output.seek(0)
+    return output.truncate()
 
 
 def _below(folder: Path, name: str) -> Path:

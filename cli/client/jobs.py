@@ -164,7 +164,7 @@ class Job:
                     list(self.metrics(-1 if row is None else row["step"] - 1)) if metrics else [],
                     list(self.events(event_id)) if events else [],
                 )
-            except UnavailableError:
+            except (UnavailableError, RateLimitedError):
                 if time.monotonic() > heard + AWAY_SECONDS:
                     raise
             else:
@@ -252,7 +252,7 @@ class Job:
 
     def checkpoint(self, which: int | str = "latest") -> Checkpoint:
         """A step, or `latest`, `best`, `final`."""
-        found: Checkpoint = self._connection.get(f"{self._path}/checkpoints/{which}")
+        found: Checkpoint = self._connection.get(f"{self._path}/checkpoints/{quoted(str(which))}")
         return found
 
     def download(

@@ -283,6 +283,23 @@ def test_a_long_story_is_told_in_parts(
     assert sorted(told, key=int, reverse=True) == told
 
 
+def test_a_story_that_goes_on_leaves_no_gap_in_an_open_page(
+    shared_client: TestClient, in_each_state: dict[str, str], shared: Engine
+) -> None:
+    job_id = in_each_state["running"]
+    page = shared_client.get(f"/ui/jobs/{job_id}").text
+    (look,) = re.findall(r'hx-get="([^"]+\?since=\d+)"', page)
+    with transaction(shared) as session:
+        for step in range(201, 231):
+            runs.record_evaluation(session, job_id, 2, step, 2.5)
+    again = shared_client.get(look, headers={"HX-Request": "true"}).text
+    assert look in again
+    before, after = (re.findall(r'<li id="event-(\d+)"', each) for each in (page, again))
+    assert len(before) == 25
+    assert after[30:] == before
+    assert re.findall(r"/events\?before=\d+", again) == re.findall(r"/events\?before=\d+", page)
+
+
 def test_devices_show_who_holds_them_and_why_others_wait(
     shared_client: TestClient, shared: Engine, in_each_state: dict[str, str]
 ) -> None:

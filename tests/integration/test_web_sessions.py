@@ -153,9 +153,16 @@ def test_errors_of_pages_are_pages(browser: TestClient, key: str) -> None:
     assert piece.headers["hx-retarget"] == "#messages"
     assert "<html" not in piece.text
     assert browser.get("/nothing").headers["content-type"] == "application/problem+json"
+    for_script = browser.get("/ui/jobs/nothing/curve", headers={"Accept": "application/json"})
+    assert (for_script.status_code, for_script.json()["code"]) == (404, "job_not_found")
     browser.cookies.clear()
     piece = browser.get("/", headers={"HX-Request": "true"})
     assert (piece.status_code, piece.headers["hx-redirect"]) == (401, "/ui/login")
+    here = {"HX-Request": "true", "HX-Current-URL": "https://slimtune.example/ui/jobs/job_1?a=1&b=2#x"}
+    back = "/ui/login?next=%2Fui%2Fjobs%2Fjob_1%3Fa%3D1%26b%3D2"
+    assert browser.get("/ui/jobs/job_1", headers=here).headers["hx-redirect"] == back
+    for_script = browser.get("/ui/jobs/job_1/curve", headers={"Accept": "application/json"})
+    assert (for_script.status_code, for_script.json()["code"]) == (401, "unauthorized")
 
 
 def test_files_of_pages_are_open_and_asked_for_again(browser: TestClient) -> None:

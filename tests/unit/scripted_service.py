@@ -26,6 +26,8 @@ class Script:
     """Whether files break off in the middle."""
     ranges: bool = True
     """Whether `Range: bytes=N-` is understood."""
+    location: str | None = None
+    """Where answers of 300 and above send to."""
     retry_after: str | None = None
     """What answers that are errors say of it."""
 
@@ -54,6 +56,8 @@ def scripted() -> Iterator[Script]:
             self.send_response(status)
             self.send_header("Content-Type", content_type)
             self.send_header("Content-Length", str(len(body)))
+            if status >= 300 and script.location is not None:
+                self.send_header("Location", script.location)
             if status >= 400 and script.retry_after is not None:
                 self.send_header("Retry-After", script.retry_after)
             self.end_headers()

@@ -166,6 +166,22 @@ def test_where_the_file_is_another_one_by_now_it_comes_whole(existing: Job, scri
     assert existing.download(tmp_path)[0].read_bytes() == WEIGHTS
 
 
+def test_what_came_of_another_file_is_forgotten_also_where_the_line_breaks_again(
+    existing: Job, script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Goes red if the next try goes on from where the earlier file had ended."""
+    content = b"weights" * 100  # little enough that none of it is written before the line breaks
+    (tmp_path / "model.safetensors.part").write_bytes(b"x" * 200)
+    serve_weights(script, content, record(content))
+    script.ranges, script.truncate = False, True
+
+    def mend(_: float) -> None:
+        script.ranges, script.truncate = True, False
+
+    monkeypatch.setattr(time, "sleep", mend)
+    assert existing.download(tmp_path)[0].read_bytes() == content
+
+
 def test_files_of_a_folder_in_a_checkpoint_keep_it_and_no_name_leads_out(
     existing: Job, script: Script, tmp_path: Path
 ) -> None:
@@ -338,6 +354,24 @@ def test_an_error_that_the_service_did_not_make(client: Client, script: Script, 
     assert error.value.code == "unknown"
 
 
+@pytest.mark.parametrize(
+    ("answer", "location", "says"),
+    [
+        ((200, "text/html", b"<html>Welcome"), None, "no JSON; is this the address"),
+        ((308, "text/html", b""), "https://elsewhere/", "sends to https://elsewhere/; is this the address"),
+    ],
+)
+def test_an_address_where_something_else_answers(
+    client: Client, script: Script, answer: tuple[int, str, bytes], location: str | None, says: str
+) -> None:
+    script.answers["/jobs/job_1"] = script.answers["/readyz"] = answer
+    script.location = location
+    with pytest.raises(ServiceError, match=says):
+        client.jobs.get("job_1")
+    script.json("/readyz", ["another service's"])
+    assert client.missing() == ["api"]
+
+
 def test_no_service(naps: list[float]) -> None:
     with Client("http://127.0.0.1:9", timeout_seconds=1) as client:  # the discard port: nobody listens
         assert client.missing() == ["api"]
@@ -455,7 +489,10 @@ def test_waiting_for_a_job_that_does_not_succeed(
     assert (stopped.value.code, stopped.value.hint) == (("diverged", "lower it") if error else (None, None))
 
 
-def test_waiting_has_an_end(existing: Job, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("refusal", [UNAVAILABLE, problem(429, "rate_limited")])
+def test_waiting_has_an_end(
+    existing: Job, script: Script, monkeypatch: pytest.MonkeyPatch, refusal: tuple[int, str, bytes]
+) -> None:
     now = 0.0
 
     def sleep(seconds: float) -> None:
@@ -469,8 +506,8 @@ def test_waiting_has_an_end(existing: Job, script: Script, monkeypatch: pytest.M
     assert 20 < now < 24
     start = now
     del script.answers["/jobs/job_1"]
-    script.first = [UNAVAILABLE] * 10_000
-    with pytest.raises(UnavailableError):
+    script.first = [refusal] * 10_000
+    with pytest.raises((UnavailableError, RateLimitedError)):
         existing.wait(poll_seconds=20)
     assert 290 < now - start < 330
 

@@ -14,9 +14,19 @@ export async function request(method, path, body, options = {}) {
     signal: options.signal,
   });
   if (response.ok) return response.status === 204 ? null : response.json();
+  throw await refusalOf(response);
+}
+
+/** The ApiError of an answer that is none of what was asked for. */
+export async function refusalOf(response) {
   const problem = await response.json().catch(() => ({ detail: `HTTP ${response.status}`, code: "unknown" }));
-  if (response.status === 401) location.assign(`/ui/login?next=${encodeURIComponent(location.pathname + location.search)}`);
-  throw new ApiError(problem, response.status);
+  if (response.status === 401) toLogin();
+  return new ApiError(problem, response.status);
+}
+
+/** A session is over. */
+export function toLogin() {
+  location.assign(`/ui/login?next=${encodeURIComponent(location.pathname + location.search)}`);
 }
 
 export class ApiError extends Error {
@@ -41,7 +51,7 @@ export function shownBytes(count) {
   if (count === null || count === undefined) return "–";
   const units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
   let unit = 0;
-  while (Math.abs(count) >= 1000 && unit < units.length - 1) [count, unit] = [count / 1024, unit + 1];
+  while (Math.abs(count) >= 999.5 && unit < units.length - 1) [count, unit] = [count / 1024, unit + 1];
   return `${Number(count.toPrecision(3))} ${units[unit]}`;
 }
 
@@ -137,15 +147,30 @@ function refreshDue(now = false) {
 setInterval(refreshDue, 500);
 document.addEventListener("visibilitychange", () => refreshDue(true));
 
-// A service that does not answer: what is shown gets old, and the reader has to know.
-let lost = false;
-document.addEventListener("htmx:error", () => {
-  if (!lost) say("The service does not answer. What you see is what it said last; this page keeps asking.");
-  lost = true;
-});
-document.addEventListener("htmx:after:request", () => {
-  if (lost) document.getElementById("messages").replaceChildren();
-  lost = false;
+// A service that does not answer, or answers a look with an error: what is shown gets old, and the reader has to know. It
+// is said once, however often the page asks, and taken back when a look succeeds.
+const AWAY = "The service does not answer. What you see is what it said last; this page keeps asking.";
+let trouble = "";
+
+export function sayAway() {
+  if (trouble !== AWAY) say(AWAY);
+  trouble = AWAY;
+}
+
+export function isBack() {
+  if (trouble) document.getElementById("messages").replaceChildren();
+  trouble = "";
+}
+
+document.addEventListener("htmx:error", sayAway);
+document.addEventListener("htmx:before:swap", (event) => {
+  const { hx, response, sourceElement, text } = event.detail.ctx;
+  const isLook = sourceElement.matches("[data-every]");
+  if (response.status < 400) return isLook && isBack();
+  // What a proxy says in place of a service that restarts is no piece of this page.
+  if (!hx.retarget) sayAway();
+  if (!hx.retarget || (isLook && trouble === text)) return event.preventDefault();
+  if (isLook) trouble = text;
 });
 
 // A refresh leaves alone what the reader has opened, and times that are in the reader's words already.

@@ -1,11 +1,12 @@
 // Two jobs' losses on one axis, and how far they are apart.
 
-import { colour, onTheme, request, say, shownSeconds } from "./app.js";
+import { colour, isBack, onTheme, request, say, sayAway, shownSeconds } from "./app.js";
 
 const ROWS = 10000; // Of a request.
 const REQUESTS = 50; // At most, for each job.
 const SHOWN = 1500; // Points of a line.
 const POLL = 5000; // Milliseconds, while a job runs.
+const OVER = ["succeeded", "failed", "cancelled"];
 const NOISE = 1e-4; // Relative: what rounding in float32, summed in another order, may come to over a training.
 
 const place = document.getElementById("loss");
@@ -14,32 +15,51 @@ if (place) start();
 async function start() {
   const names = JSON.parse(place.dataset.names);
   const runs = JSON.parse(place.dataset.jobs).map((id, index) => ({ id, name: names[index], rows: [], more: false }));
-  const running = JSON.parse(place.dataset.running);
+  let running = JSON.parse(place.dataset.running);
   const charts = { loss: null, seconds: null };
   const redraw = () => draw(runs, charts);
   for (const input of document.querySelectorAll('[name="by"]')) input.addEventListener("input", redraw);
   onTheme(redraw);
   new ResizeObserver(redraw).observe(place);
-  try {
-    for (;;) {
+  for (;;) {
+    try {
+      const left = await unfinished(running); // Asked first: what is over by now has all its rows.
       await Promise.all(runs.map(load));
+      running = left;
       place.setAttribute("aria-busy", "false");
+      isBack();
       redraw();
       judge(runs);
-      if (!running.length) return;
-      await new Promise((resume) => setTimeout(resume, POLL));
+    } catch (error) {
+      if (place.getAttribute("aria-busy") === "true") {
+        document.getElementById("verdict").textContent = "The curves could not be loaded.";
+        say(error.message);
+        return;
+      }
+      sayAway();
     }
-  } catch (error) {
-    document.getElementById("verdict").textContent = "The curves could not be loaded.";
-    say(error.message);
+    if (!running.length) return;
+    await nextLook();
   }
 }
 
-/** What there is beyond what is here already. */
+async function unfinished(ids) {
+  const jobs = await Promise.all(ids.map((id) => request("GET", `/jobs/${id}`)));
+  return jobs.filter((job) => OVER.every((status) => status !== job.status)).map((job) => job.id);
+}
+
+/** A while, and then until somebody can see the page. */
+async function nextLook() {
+  do await new Promise((resume) => setTimeout(resume, POLL));
+  while (document.visibilityState !== "visible");
+}
+
+/** What there is beyond what is here already; the last row once more, as its validation loss may have come after it. */
 async function load(run) {
   for (let asked = 0; asked < REQUESTS; asked += 1) {
-    const after = run.rows.at(-1)?.step ?? -1;
+    const after = (run.rows.at(-1)?.step ?? 0) - 1;
     const page = await request("GET", `/jobs/${run.id}/metrics?after_step=${after}&limit=${ROWS}`);
+    run.rows.pop();
     for (const row of page.data) {
       const before = run.rows.at(-1)?.seconds ?? 0;
       run.rows.push({ step: row.step, tokens: row.tokens, loss: row.loss, validation: row.validation_loss, took: row.step_seconds, seconds: before + (row.step_seconds ?? 0) });

@@ -1,6 +1,6 @@
 // Datasets, models and tokenizers: uploads, deletions, and another look while something is being prepared.
 
-import { ApiError, localTimes, request } from "./app.js";
+import { ApiError, localTimes, request, toLogin } from "./app.js";
 import { onFiles, uploadInto } from "./upload.js";
 
 const POLL = 2000; // Milliseconds.
@@ -10,12 +10,16 @@ const at = (id) => document.getElementById(id);
 // Looking again
 
 let timer = 0;
+let newest = 0;
 
 async function look() {
   clearTimeout(timer);
+  const mine = (newest += 1);
   const response = await fetch(`/ui/data/lists${location.search}`, { headers: { "HX-Request": "true" } }).catch(() => null);
-  if (response?.status === 401) return location.assign("/ui/login?next=/ui/data");
-  if (response?.ok) replace(new DOMParser().parseFromString(await response.text(), "text/html"));
+  if (response?.status === 401) return toLogin();
+  const text = response?.ok ? await response.text() : null;
+  if (mine !== newest) return; // What was asked for later knows more, also where it was answered before.
+  if (text !== null) replace(new DOMParser().parseFromString(text, "text/html"));
   wait();
 }
 
@@ -43,7 +47,9 @@ function offer() {
   at("train-dataset").replaceChildren(...(datasets.length ? datasets : [new Option("Upload a dataset first", "")]));
   if (chosen) at("train-dataset").value = chosen;
   const tokenizers = [...document.querySelectorAll("[data-tokenizer], [data-own-tokenizer]")].map((each) => new Option(each.dataset.name, each.dataset.tokenizer ?? each.dataset.ownTokenizer));
+  const made = at("with").value;
   at("with").replaceChildren(new Option("bytes", "bytes"), ...tokenizers);
+  if (tokenizers.some((each) => each.value === made)) at("with").value = made;
 }
 
 // Uploads

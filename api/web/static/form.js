@@ -128,12 +128,22 @@ function read(control) {
   return kind === "integer" || kind === "number" ? Number(text) : text;
 }
 
+/** Lines `key=value`, as pair_lines in job_form.py writes them: either side may be a text in JSON's quotes. */
 function pairs(text) {
   const lines = text.split("\n").filter((line) => line.trim());
   return Object.fromEntries(lines.map((line) => {
-    const at = line.indexOf("=");
-    return at < 0 ? [line.trim(), ""] : [line.slice(0, at).trim(), line.slice(at + 1).trim()];
+    const [, key, value] = /^\s*("(?:[^"\\]|\\.)*"(?=\s*(?:=|$))|[^=]*)=?(.*)$/s.exec(line);
+    return [unquoted(key.trim()), unquoted(value.trim())];
   }));
+}
+
+function unquoted(text) {
+  if (!/^".*"$/s.test(text)) return text;
+  try {
+    return JSON.parse(text);
+  } catch {
+    return text; // Quotes of the reader's own.
+  }
 }
 
 function same(left, right) {

@@ -39,11 +39,21 @@ const rateChart = new LineChart(document.getElementById("rate-chart"), {
   onZoom,
 });
 let drawing = false;
+let wanted = false; // Once more, because something changed while an answer was on its way.
 let drawn = { step: -1, status: "", at: 0, seconds: 0 };
 
 async function drawCurves() {
+  wanted = true;
   if (drawing) return;
   drawing = true;
+  while (wanted) {
+    wanted = false;
+    await drawOnce();
+  }
+  drawing = false;
+}
+
+async function drawOnce() {
   const { step, status } = job().dataset;
   const query = new URLSearchParams({ first: zoom.first ?? 0, ...(zoom.last === null ? {} : { last: zoom.last }) });
   const began = Date.now();
@@ -52,9 +62,10 @@ async function drawCurves() {
     curve = await request("GET", `/ui/jobs/${id}/curve?${query}`);
   } catch (error) {
     if (drawn.step === -1) document.getElementById("loss-chart").replaceChildren(paragraph(`The curve cannot be read: ${error.message}`));
+    // Of a job that is over no look will ask for it again.
+    if (job().dataset.over === "true" && !isFinal(error)) setTimeout(drawCurves, 1000 * CURVE_SECONDS);
   }
-  drawing = false;
-  if (curve === null) return;
+  if (curve === null || wanted) return;
   drawn = { step, status, at: Date.now(), seconds: (Date.now() - began) / 1000 };
   show(curve);
 }
@@ -131,9 +142,10 @@ function lookSoon() {
 }
 
 function listen() {
-  const wanted = document.visibilityState === "visible" && job().dataset.over !== "true";
-  if (!wanted && stream) stream = void stream.close();
-  if (!wanted || stream) return;
+  if (stream?.readyState === EventSource.CLOSED) stream = null; // It was refused: browsers do not ask again then.
+  const useful = document.visibilityState === "visible" && job().dataset.over !== "true";
+  if (!useful && stream) stream = void stream.close();
+  if (!useful || stream) return;
   stream = new EventSource(`/jobs/${id}/events?after=${job().dataset.newestEvent}`);
   for (const type of job().dataset.eventTypes.split(" ")) stream.addEventListener(type, lookSoon);
   stream.addEventListener("end", () => {
@@ -143,6 +155,7 @@ function listen() {
 }
 
 document.addEventListener("visibilitychange", listen);
+document.addEventListener("htmx:after:swap", listen);
 listen();
 
 // Actions
@@ -151,6 +164,11 @@ listen();
 document.addEventListener("htmx:after:swap", () => {
   if (document.activeElement === document.body) document.getElementById("content").focus({ preventScroll: true });
 });
+
+/** Whether asking again would not help. */
+function isFinal({ status = 0 }) {
+  return status >= 400 && status < 500 && status !== 429;
+}
 
 async function act(action, body) {
   await request("POST", `/jobs/${id}/${action}`, body);
@@ -183,7 +201,9 @@ const cap = {
   apply: document.getElementById("cap-apply"),
   asking: null,
   timer: null,
+  changing: null,
 };
+const PAUSED_POLL = 1000; // Milliseconds.
 
 /** Bytes where it is all digits, else as it stands: `1.5GiB`. */
 function capValue(text = cap.input.value.trim()) {
@@ -240,27 +260,53 @@ async function preview() {
   }
 }
 
+/** Until the job no longer runs. A service that restarts meanwhile is asked again: the job waits to be resumed. */
+async function untilPaused(signal) {
+  for (;;) {
+    const status = await request("GET", `/jobs/${id}`).then(
+      (answer) => answer.status,
+      (error) => (isFinal(error) ? Promise.reject(error) : "running"),
+    );
+    signal.throwIfAborted();
+    if (status !== "running") return;
+    await new Promise((done) => setTimeout(done, PAUSED_POLL));
+  }
+}
+
 async function changeCap() {
   const memory_cap = capValue();
-  cap.apply.disabled = true;
+  const { signal } = (cap.changing = new AbortController());
+  cap.apply.disabled = cap.input.readOnly = true;
   try {
     if ((await request("GET", `/jobs/${id}`)).status !== "paused") {
       cap.plan.replaceChildren(line("Pausing: the job writes a checkpoint. Keep this page open until it goes on.", "below"));
       await act("pause");
-      while ((await request("GET", `/jobs/${id}`)).status === "running") await new Promise((done) => setTimeout(done, 500));
+      await untilPaused(signal);
     }
     await act("resume", { memory_cap });
     cap.dialog.close();
     cap.plan.replaceChildren();
   } catch (error) {
-    refused(error);
+    if (signal.aborted) cap.plan.replaceChildren();
+    else refused(error);
+  } finally {
+    cap.input.readOnly = false;
   }
   refresh(job());
 }
 
 cap.input.addEventListener("input", () => {
+  // Nothing is known of this cap yet: a job must not be paused for one under which it cannot go on.
+  cap.apply.disabled = true;
+  cap.asking?.abort();
   clearTimeout(cap.timer);
   cap.timer = setTimeout(preview, 300);
+});
+// Whoever closes it does not want the rest: the job stays paused.
+cap.dialog.addEventListener("close", () => cap.changing?.abort());
+document.addEventListener("htmx:after:swap", () => {
+  const bytes = Number(job().dataset.cap);
+  document.getElementById("cap-now").textContent = `${shownBytes(bytes)} (${bytes.toLocaleString()} bytes)`;
 });
 document.getElementById("cap-form").addEventListener("submit", (event) => {
   event.preventDefault();

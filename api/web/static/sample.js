@@ -1,6 +1,6 @@
 // The box to try a model, where there is one: a sample that appears as it is made, and can be stopped.
 
-import { ApiError, csrf } from "/ui/static/app.js";
+import { ApiError, csrf, refusalOf } from "/ui/static/app.js";
 
 const id = document.getElementById("job").dataset.job;
 const form = document.getElementById("sample-form");
@@ -52,7 +52,7 @@ async function sample() {
   const response = await fetch(`/jobs/${id}/generate`, {
     method: "POST", headers, body: JSON.stringify(body), signal: running.signal,
   });
-  if (!response.ok) throw new ApiError(await response.json(), response.status);
+  if (!response.ok) throw await refusalOf(response);
   for await (const [name, data] of eventsOf(response)) {
     if (name === "token") {
       part("text").append(data.text);
@@ -61,8 +61,10 @@ async function sample() {
     else if (name === "done") {
       const why = { stop: "the text ended", length: "the most tokens were reached", time: "the time was over" }[data.finish_reason];
       part("status").textContent = `${data.tokens} tokens in ${data.seconds.toFixed(1)} s from step ${data.step}: ${why}. Seed ${data.seed}.`;
+      return;
     }
   }
+  throw new Error("the sample broke off");
 }
 
 form?.addEventListener("submit", async (event) => {

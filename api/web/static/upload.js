@@ -1,6 +1,6 @@
 // Files on their way to the service: with a bar, a way to stop, and what was wrong with them by line.
 
-import { ApiError, csrf, shownBytes } from "./app.js";
+import { ApiError, csrf, shownBytes, toLogin } from "./app.js";
 
 /** Sends a form by XMLHttpRequest, which says how far it is. Answers the API's JSON; throws ApiError, or AbortError. */
 export function send(path, form, onProgress, signal) {
@@ -12,7 +12,7 @@ export function send(path, form, onProgress, signal) {
     if (csrf) asked.setRequestHeader("X-CSRF-Token", csrf);
     asked.upload.addEventListener("progress", (event) => event.lengthComputable && onProgress(event.loaded, event.total));
     asked.addEventListener("load", () => {
-      if (asked.status === 401) location.assign(`/ui/login?next=${encodeURIComponent(location.pathname + location.search)}`);
+      if (asked.status === 401) toLogin();
       if (asked.status < 300) resolve(asked.response);
       else reject(new ApiError(asked.response ?? { detail: `HTTP ${asked.status}`, code: "unknown" }, asked.status));
     });
@@ -38,7 +38,9 @@ export async function uploadInto(place, path, files, fields = {}) {
   const stop = element("button", { type: "button", className: "quiet", textContent: "Stop" });
   stop.addEventListener("click", () => stopping.abort());
   place.replaceChildren(element("div", { className: "uploading" }, bar, says, stop));
+  let sent = false;
   const onProgress = (loaded, all) => {
+    sent = loaded === all;
     bar.value = loaded / all;
     says.textContent = loaded < all ? `${names}, ${shownBytes(loaded)} of ${shownBytes(all)}` : `${names} is there and being checked…`;
   };
@@ -47,7 +49,7 @@ export async function uploadInto(place, path, files, fields = {}) {
     place.replaceChildren(element("p", { className: "done", textContent: `${names} is uploaded.` }));
     return made;
   } catch (error) {
-    if (error.name === "AbortError") place.replaceChildren(element("p", { className: "muted", textContent: "Stopped. Nothing was stored." }));
+    if (error.name === "AbortError") place.replaceChildren(element("p", { className: "muted", textContent: sent ? "Stopped. All of it had arrived: look under Data whether it was stored." : "Stopped. Nothing was stored." }));
     else if (error instanceof ApiError) place.replaceChildren(refusal(names, error));
     else throw error;
     return null;
