@@ -79,7 +79,9 @@ def _continue(
     have = output.tell()
     if have >= file["bytes"]:
         have = _emptied(output)
-    headers = {"Range": f"bytes={have}-", "If-Range": f'"{file["sha256"]}"'} if have else {}
+    headers = {"Accept-Encoding": "identity"}  # what a proxy compressed would have other positions
+    if have:
+        headers |= {"Range": f"bytes={have}-", "If-Range": f'"{file["sha256"]}"'}
     with connection.stream("GET", path, headers=headers) as response:
         if have and response.status_code != PARTIAL:
             have = _emptied(output)
