@@ -16,7 +16,7 @@ def test_what_is_late_is_named_once_with_its_log(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(up, "LATE_SECONDS", -1.0)
-    monkeypatch.setattr(up.time, "sleep", lambda _: None)
+    monkeypatch.setattr("cli.up.time.sleep", lambda _: None)
     waiting = [{"storage": False, "worker": False}, {"storage": False, "worker": False}, {"worker": False}]
     script.first = [(503, "application/json", json.dumps({"checks": checks}).encode()) for checks in waiting]
     script.json("/readyz", {"checks": {"worker": True}})
