@@ -80,7 +80,7 @@ lint: $(INSTALLED)
 # The variable silences an advertisement.
 docs: $(INSTALLED_EXTRA)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --clean
-	@echo "the site is site/index.html"
+	@echo "the site is site/index.html; its search needs a server: make docs-serve"
 
 docs-serve: $(INSTALLED_EXTRA)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --dev-addr 127.0.0.1:8001

@@ -258,6 +258,8 @@ def _message(item: dict[str, object]) -> str:
         location = item["loc"]
         position = location[-1] if isinstance(location, tuple) else 0
         return f"The body is not valid JSON at position {position}."
+    if item["type"] == "extra_forbidden":
+        return "there is no such field"
     return str(item["msg"]).removeprefix("Value error, ")
 
 

@@ -81,7 +81,10 @@ def _complain(message: str, *advice: str) -> None:
 
 
 def _advice(error: ServiceError) -> list[str]:
-    """What the problem says would help: other fields, and where a plan does not fit what would."""
+    """What would help: other fields, what would make a plan fit, what the problem hints at; or a service at all."""
+    if error.code == "unreachable" and not getattr(error, "sent", True):
+        return ["start the service here with `slimtune up`, or name another one with --url or SLIMTUNE_URL"]
     problem = error.problem or {}
     errors = [f"{each['field']}: {each['message']}" for each in problem.get("errors", [])]
-    return [*(errors if len(errors) > 1 else []), *problem.get("suggestions", [])]
+    hint = [problem["hint"]] if problem.get("hint") else []
+    return [*(errors if len(errors) > 1 else []), *problem.get("suggestions", []), *hint]

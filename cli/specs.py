@@ -12,6 +12,8 @@ import yaml
 from cli.client import Client
 
 DATA_FIELDS = ("dataset", "validation_dataset")
+DURATIONS = ("steps", "epochs")
+"""A job has one of them, so a choice of one takes the place of the file's other."""
 
 
 class SpecError(ValueError):
@@ -37,7 +39,11 @@ def read_spec(path: Path | None, given: Mapping[str, Any], settings: Sequence[st
     """The body of a job: the file's fields, over which go those `given` that are not None, and `settings` such as
     `optimizer.learning_rate=3e-4`. Raises SpecError."""
     spec = {} if path is None else _load(path.read_text(encoding="utf-8"), str(path))
-    spec.update({name: value for name, value in given.items() if value is not None})
+    chosen = {name: value for name, value in given.items() if value is not None}
+    for wanted, other in (DURATIONS, DURATIONS[::-1]):
+        if wanted in chosen and other not in chosen:
+            spec.pop(other, None)
+    spec.update(chosen)
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals or not name:

@@ -24,6 +24,8 @@ from cli.programs import ROOT
 
 READY_SECONDS = 500.0
 """How long the service may take to be ready; the worker measures its machine first."""
+LATE_SECONDS = 15.0
+"""After which it is said what is missing but the worker: a broker or object store that cannot be reached, above all."""
 WORKER_STOP_SECONDS = 90.0
 """A running job finishes its step and writes a checkpoint before the worker stops."""
 
@@ -119,7 +121,7 @@ class Stack:
             log.replace(log.with_suffix(".log.1"))
         environment = self._environment(*self._start_servers())
         self._migrate(environment)
-        self._say("starting API, worker and sweeper; the worker measures this machine")
+        self._say("starting API, worker and sweeper; a worker's first start measures the machine, for a minute or two")
         for name, command, stop_seconds in self._programs():
             self._services.append(self._spawn(name, command, environment, stop_seconds))
         self._wait_until_ready()
@@ -184,9 +186,16 @@ class Stack:
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + READY_SECONDS
+        said = ""
         with Client(self.url, timeout_seconds=5.0) as client:
             while missing := client.missing():
                 self.check()
+                # The worker comes last, after its measurements; what comes before it is there within seconds.
+                late = ", ".join(name for name in missing if name != "worker")
+                if late != said and time.monotonic() > deadline - READY_SECONDS + LATE_SECONDS:
+                    said = late
+                    if late:
+                        self._say(f"still waiting for {late}; {self._logs / 'api.log'} says why")
                 if time.monotonic() > deadline:
                     logs = "\n".join(child.obituary() for child in self._services if child.name in missing)
                     raise StackError(f"not ready after {READY_SECONDS:.0f} s: {', '.join(missing)} missing\n{logs}")
@@ -198,7 +207,7 @@ def run_until_stopped(options: Options, say: Callable[[str], None]) -> None:
     with on_signals(interrupt):
         try:
             with Stack(options, say) as stack:
-                say(f"slimtune is ready: {stack.url} (description of the API: {stack.url}/docs)")
+                say(f"slimtune is ready: {stack.url} is the dashboard, {stack.url}/docs describes the API")
                 if asks_for_keys(options.host):
                     say("it asks for API keys: make one with `slimtune keys create --tenant default --name ...`")
                 say(f"data and logs: {options.home}; stop it with Ctrl-C")

@@ -73,8 +73,17 @@ def get(session: Session, job: Job, which: str) -> Checkpoint:
         raise NotFoundError("checkpoint", which)
     found = session.scalars(query).one_or_none()
     if found is None:
-        raise NotFoundError("checkpoint", which)
+        raise NotFoundError(
+            "checkpoint", which, _WHY_MISSING.get(which, "GET /jobs/{id}/checkpoints lists what is there")
+        )
     return found
+
+
+_WHY_MISSING = {
+    "final": 'only a job that has succeeded has one; "latest" is the newest of any job',
+    "best": 'only a job with validation data has one; "latest" is the newest of any job',
+    "latest": "the first comes after `checkpoint_every` steps, five minutes, at a pause or at the end",
+}
 
 
 def to_read(session: Session, job: Job, which: str) -> Checkpoint:

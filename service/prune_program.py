@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from service import database, retention
 from service.errors import ServiceError
 from service.retention import Pruned
-from service.settings import load_settings
+from service.settings import Settings, load_settings
 from service.storage import open_storage
 
 UNREACHABLE = 3
@@ -31,7 +31,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     try:
-        pruned = _prune(dry_run=options.dry_run)
+        settings = load_settings()
+        pruned = _prune(settings, dry_run=options.dry_run)
     except ValidationError as error:
         return _fail(f"a setting is missing or wrong: {', '.join(str(each['loc'][0]) for each in error.errors())}")
     except SQLAlchemyError as error:
@@ -40,6 +41,9 @@ def main(arguments: list[str]) -> int:
         return _fail(f"files cannot be deleted: {error}")
     if options.json:
         print(json.dumps({"dry_run": options.dry_run, **asdict(pruned)}))
+    elif not any((settings.keep_metrics_days, settings.keep_checkpoints_days, settings.keep_jobs_days)):
+        names = "SLIMTUNE_KEEP_METRICS_DAYS, SLIMTUNE_KEEP_CHECKPOINTS_DAYS or SLIMTUNE_KEEP_JOBS_DAYS"
+        print(f"nothing ever goes: none of {names} is set here")
     elif options.dry_run:
         print(
             f"to delete: {pruned.jobs} jobs, {pruned.checkpoints} checkpoints; {pruned.thinned_jobs} curves to thin out"
@@ -50,8 +54,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _prune(*, dry_run: bool) -> Pruned:
-    settings = load_settings()
+def _prune(settings: Settings, *, dry_run: bool) -> Pruned:
     bind, files = database.engine(settings), open_storage(settings)
     try:
         if dry_run:

@@ -43,6 +43,7 @@ class NotFoundError(ServiceError):
 
     status = 404
 
-    def __init__(self, kind: str, identifier: str) -> None:
-        super().__init__(f"There is no {kind} {shown(identifier)!r}.", resource=kind)
+    def __init__(self, kind: str, identifier: str, hint: str | None = None) -> None:
+        more = {} if hint is None else {"hint": hint}
+        super().__init__(f"There is no {kind} {shown(identifier)!r}.", resource=kind, **more)
         self.code = f"{kind}_not_found"

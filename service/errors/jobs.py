@@ -12,7 +12,8 @@ class JobStateConflictError(ServiceError):
     code = "job_state_conflict"
 
     def __init__(self, job_id: str, action: str, state: str, desired: str) -> None:
-        state_text = state if desired == "run" else f"{state}, with {desired} requested"
+        over = state in ("succeeded", "failed", "cancelled")
+        state_text = state if over or desired == "run" else f"{state}, with {desired} requested"
         super().__init__(f"Cannot {action} a job that is {state_text}.", job=job_id, job_status=state)
 
 
@@ -73,7 +74,9 @@ class MemoryCapExceedsDeviceError(ServiceError):
 
     def __init__(self, memory_cap_bytes: int, largest_device_bytes: int) -> None:
         super().__init__(
-            f"memory_cap is {memory_cap_bytes} bytes; the largest device has {largest_device_bytes} for jobs.",
+            f"memory_cap is {memory_cap_bytes / 2**30:.2f} GiB; the largest device has "
+            f"{largest_device_bytes / 2**30:.2f} GiB for jobs.",
+            hint="ask for that or less; GET /devices says what there is",
             memory_cap_bytes=memory_cap_bytes,
             largest_device_bytes=largest_device_bytes,
         )

@@ -182,12 +182,16 @@ def _reason(
     chunking: Chunking | None,
 ) -> str:
     ratio = chosen.step_seconds / unchunked.step_seconds
+    whole = chosen == unchunked
     sentences = [
-        f"The unchunked step would need {_size(unchunked.peak_bytes)}, this plan needs {_size(chosen.peak_bytes)}.",
+        f"The unchunked step fits, with {_size(chosen.peak_bytes)}."
+        if whole
+        else f"The unchunked step would need {_size(unchunked.peak_bytes)}, this plan needs {_size(chosen.peak_bytes)}."
     ]
     if learned := chosen.breakdown.learned:
         sentences.append(f"{_size(learned)} of that are what earlier jobs of this model held beyond their plans.")
-    sentences.append(f"It is predicted to take {ratio:.2f} x the unchunked time.")
+    if not whole:
+        sentences.append(f"It is predicted to take {ratio:.2f} x the unchunked time.")
     if chunking is not None:
         sentences.append("The chunk length and state policy are the ones asked for.")
     else:
@@ -200,7 +204,7 @@ def _reason(
     if faster:
         next_one = min(faster, key=lambda c: c.peak_bytes)
         sentences.append(
-            f"The next faster one, of chunks of {next_one.schedule.chunk_length}, needs {_size(next_one.peak_bytes)}."
+            f"The next faster one, of chunks of {next_one.schedule.chunk_length:,}, needs {_size(next_one.peak_bytes)}."
         )
     return " ".join(sentences)
 

@@ -52,7 +52,8 @@ def test_checkpoints_are_listed_and_named(client: TestClient, bind: Engine, run:
     assert {file["name"] for file in listed["data"][0]["files"]} == {"config.json", "model.safetensors"}
     for which, step in (("4", 4), ("latest", 6), ("best", 2)):
         assert client.get(f"{url}/{which}").json()["step"] == step
-    assert client.get(f"{url}/final").json()["code"] == "checkpoint_not_found"
+    missing = client.get(f"{url}/final").json()
+    assert (missing["code"], "has succeeded" in missing["hint"]) == ("checkpoint_not_found", True)
     with transaction(bind) as session:
         runs.finish(session, run.id, run.attempt, "succeeded")
     assert client.get(f"{url}/final").json()["step"] == 6

@@ -207,6 +207,28 @@ def test_a_description_that_cannot_be_read_says_where(
         read_spec(path, {}, settings)
 
 
+@pytest.mark.parametrize(
+    ("text", "given", "expected"),
+    [
+        ("epochs: 2\n", {"steps": 5, "epochs": None}, {"steps": 5}),
+        ("steps: 5\n", {"steps": None, "epochs": 2}, {"epochs": 2}),
+        ("steps: 5\n", {"steps": None, "epochs": None}, {"steps": 5}),
+        ("seed: 1\n", {"steps": 5, "epochs": 2}, {"seed": 1, "steps": 5, "epochs": 2}),
+    ],
+)
+def test_steps_take_the_place_of_the_files_epochs(
+    tmp_path: Path, text: str, given: dict[str, int | None], expected: dict[str, int]
+) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    assert read_spec(path, given) == expected
+
+
+def test_where_nothing_answers_it_says_how_to_start_something() -> None:
+    result = CliRunner().invoke(app, ["list", "--url", "http://127.0.0.1:9"])
+    assert (result.exit_code, "slimtune up" in result.stderr) == (3, True)
+
+
 def test_a_dataset_that_is_neither_file_nor_id(script: Script) -> None:
     result = run(script, "submit", "--dataset", "nothing.txt")
     assert (result.exit_code, "neither a file nor the id" in result.stderr) == (1, True)

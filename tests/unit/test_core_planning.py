@@ -163,6 +163,9 @@ def test_a_plan_is_consistent_and_under_the_cap(workload: Workload, share: float
     fastest = min(entry.predicted_step_seconds for entry in plan.frontier if entry.predicted_peak_bytes <= cap)
     assert plan.predicted_step_seconds <= 1.02 * fastest
     assert ("within 2 % of the fastest" in plan.reason) == (fastest < plan.predicted_step_seconds)
+    whole = plan.num_chunks == 1 and plan.accumulation_steps == 1
+    assert plan.reason.startswith("The unchunked step fits") == whole
+    assert ("x the unchunked time" in plan.reason) == (not whole)
 
 
 @BOUNDED

@@ -123,7 +123,10 @@ function showErrors(problem) {
 onFiles(at("drop"), at("file"), async ([file]) => {
   const made = await uploadInto(at("upload"), "/datasets", [file]);
   if (!made) return;
-  const counted = made.tokens === null ? "its tokens are being counted" : `${made.documents.toLocaleString()} document${made.documents === 1 ? "" : "s"}, ${made.tokens.toLocaleString()} bytes`;
+  const counted = [[made.documents, "document"], [made.tokens, "byte"]]
+    .filter(([count]) => count !== null)
+    .map(([count, what]) => `${count.toLocaleString()} ${what}${count === 1 ? "" : "s"}`)
+    .join(", ") || "not counted yet";
   at("upload").append(element("p", { className: "muted", textContent: `${shownBytes(made.bytes)}; ${counted}.` }));
   for (const id of ["f-dataset", "f-validation_dataset"]) {
     const option = new Option(`${made.name} (${made.id.slice(-6)})`, made.id);
