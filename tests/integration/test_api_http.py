@@ -18,7 +18,7 @@ from tests.integration.test_api_problems import check_problem
     ("path", "allowed"),
     [
         ("/jobs", "GET, POST"),
-        ("/jobs/job_1", "GET"),
+        ("/jobs/job_1", "DELETE, GET"),
         ("/datasets/ds_1", "DELETE, GET"),
         ("/jobs/job_1/cancel", "POST"),
         ("/jobs/job_1/checkpoints/1/files/a", "GET, HEAD"),
