@@ -166,6 +166,8 @@ def test_by_keyboard_alone_and_epochs_that_wait_for_their_counts(
     pairs.write_text("".join('{"prompt": "one and one", "completion": " is two"}\n' for _ in range(60)))
     page = open_page("/ui/new")
     page.watched.allowed = ["status of 409"]
+    # From now on files are asked for here: told only when the key is pressed, the browser may be the faster one.
+    page.on("filechooser", lambda _chooser: None)
     planned(page)
 
     def tab_to(wanted: str) -> None:
