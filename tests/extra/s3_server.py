@@ -6,11 +6,11 @@ import contextlib
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 
 import httpx2
 
+from tests.integration.proxy import Proxy
 from tests.integration.stage import wait_for
 
 BUCKET = "slimtune-test"
@@ -25,55 +25,13 @@ def free_port() -> int:
         return port
 
 
-class Cut:
-    """A TCP proxy on loopback that can refuse, as a store that is down does, or fall silent."""
+class Cut(Proxy):
+    """In front of a store, on loopback."""
 
     def __init__(self, target: int) -> None:
-        self._target = target
-        self._pairs: list[tuple[socket.socket, socket.socket]] = []
-        self._refusing = False
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def refuse(self) -> None:
-        self._refusing = True
-        for pair in self._pairs:
-            for end in pair:
-                with contextlib.suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
-
-    def answer(self) -> None:
-        self._refusing = False
-
-    def close(self) -> None:
-        self.refuse()
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            if self._refusing:
-                client.close()
-                continue
-            server = socket.create_connection(("127.0.0.1", self._target))
-            self._pairs.append((client, server))
-            for source, sink in ((client, server), (server, client)):
-                threading.Thread(target=self._forward, args=(source, sink), daemon=True).start()
-
-    def _forward(self, source: socket.socket, sink: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65_536):
-                sink.sendall(data)
-        for end in (source, sink):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-        source.close()
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = listener.getsockname()[1]
+        super().__init__(listener, lambda: socket.create_connection(("127.0.0.1", target)))
 
 
 @contextlib.contextmanager

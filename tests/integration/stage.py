@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from service.settings import Settings
 from service.storage import attempt_dir, checkpoints_dir
 from slim_core.config import ModelConfig, TrainConfig
 from slim_core.planning import MemoryBreakdown, Plan
+from tests.integration.proxy import Proxy
 from worker.device import announce, discover
 from worker.slot import device_id
 from worker.supervisor import supervise
@@ -292,64 +292,20 @@ def open_stage(database_url: str, redis_url: str, folder: Path, **settings: Any)
         stage.close()
 
 
-class DatabaseProxy:
-    """A unix socket in front of PostgreSQL that can go away (`refuse`) or fall silent (`hang`) as a server can."""
+class DatabaseProxy(Proxy):
+    """In front of PostgreSQL, on a unix socket."""
 
     def __init__(self, database_url: str, folder: Path) -> None:
         url = make_url(database_url)
-        self._target = f"{url.query['host']}/.s.PGSQL.5432"
+        target = f"{url.query['host']}/.s.PGSQL.5432"
         self.url = url.set(query={"host": str(folder)}).render_as_string(hide_password=False)
-        self._pairs: list[tuple[socket.socket, socket.socket]] = []
-        self._refusing = False
-        self._open = threading.Event()
-        self._open.set()
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(folder / ".s.PGSQL.5432"))
-        self._listener.listen(16)
-        threading.Thread(target=self._accept, daemon=True).start()
 
-    def refuse(self) -> None:
-        self._refusing = True
-        for pair in self._pairs:
-            for end in pair:
-                with contextlib.suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
-
-    def hang(self) -> None:
-        self._open.clear()
-
-    def answer(self) -> None:
-        self._refusing = False
-        self._open.set()
-
-    def close(self) -> None:
-        self.answer()
-        self.refuse()
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            if self._refusing:
-                client.close()
-                continue
+        def connect() -> socket.socket:
             server = socket.socket(socket.AF_UNIX)
-            server.connect(self._target)
-            self._pairs.append((client, server))
-            for source, sink in ((client, server), (server, client)):
-                threading.Thread(target=self._forward, args=(source, sink), daemon=True).start()
+            server.connect(target)
+            return server
 
-    def _forward(self, source: socket.socket, sink: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65_536):
-                self._open.wait()
-                sink.sendall(data)
-        for end in (source, sink):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-        source.close()
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(folder / ".s.PGSQL.5432"))
+        listener.listen(16)
+        super().__init__(listener, connect)

@@ -51,6 +51,19 @@ def client(script: Script) -> Iterator[Client]:
 
 
 @pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, in seconds, which passes by sleeping."""
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.fixture
 def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """How long the client would have slept each time."""
     naps: list[float] = []
@@ -274,26 +287,18 @@ def test_a_job_is_asked_for_a_few_times_and_only_where_that_can_help(
 
 
 def test_a_turn_is_waited_for_as_the_service_says_and_not_for_ever(
-    client: Client, script: Script, monkeypatch: pytest.MonkeyPatch
+    client: Client, script: Script, clock: list[float]
 ) -> None:
-    now = 0.0
-
-    def sleep(seconds: float) -> None:
-        nonlocal now
-        now += seconds
-
-    monkeypatch.setattr(time, "sleep", sleep)
-    monkeypatch.setattr(time, "monotonic", lambda: now)
     script.retry_after = "1"
     script.first = [None, *[IN_FLIGHT] * 20, *[problem(429, "rate_limited")] * 5]
     script.json("/jobs", job(), 202)
     assert client.jobs.create(**JOB, idempotency_key="a key").id == "job_1"
     assert script.keys == ["a key"] * 27
     script.first = [IN_FLIGHT] * 1_000
-    start = now
+    start = clock[0]
     with pytest.raises(ConflictError, match="in_flight"):
         client.jobs.create(**JOB)
-    assert 55 < now - start < 62
+    assert 55 < clock[0] - start < 62
     script.retry_after = "3600"
     script.first = [UNAVAILABLE, None]
     with pytest.raises(UnavailableError, match="unavailable"):
@@ -490,26 +495,16 @@ def test_waiting_for_a_job_that_does_not_succeed(
 
 
 @pytest.mark.parametrize("refusal", [UNAVAILABLE, problem(429, "rate_limited")])
-def test_waiting_has_an_end(
-    existing: Job, script: Script, monkeypatch: pytest.MonkeyPatch, refusal: tuple[int, str, bytes]
-) -> None:
-    now = 0.0
-
-    def sleep(seconds: float) -> None:
-        nonlocal now
-        now += seconds
-
-    monkeypatch.setattr(time, "sleep", sleep)
-    monkeypatch.setattr(time, "monotonic", lambda: now)
+def test_waiting_has_an_end(existing: Job, script: Script, clock: list[float], refusal: tuple[int, str, bytes]) -> None:
     with pytest.raises(WaitTimeoutError, match="job_1 is running after 20 s"):
         existing.wait(timeout_seconds=20, poll_seconds=3)
-    assert 20 < now < 24
-    start = now
+    assert 20 < clock[0] < 24
+    start = clock[0]
     del script.answers["/jobs/job_1"]
     script.first = [refusal] * 10_000
     with pytest.raises((UnavailableError, RateLimitedError)):
         existing.wait(poll_seconds=20)
-    assert 290 < now - start < 330
+    assert 290 < clock[0] - start < 330
 
 
 DONE = {"finish_reason": "stop", "tokens": 3, "prompt_tokens": 1, "seconds": 0.5, "step": 7, "seed": 1}
